@@ -28,7 +28,8 @@ def data(): return Data()
 
 
 def pytest_sessionstart(session):
-    LEDGER.parent.mkdir(exist_ok=True)
+    if hasattr(session.config, "workerinput"): return  # a worker of pytest-xdist: the controller has done it
+    LEDGER.parent.mkdir(parents=True, exist_ok=True)
     LEDGER.unlink(missing_ok=True)
 
 
