@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['WIDE', 'CJK', 'normalise', 'squad_tokens', 'exact_match', 'token_f1', 'classification', 'wilson_interval',
            'bootstrap_interval', 'group_sums', 'paired_difference', 'chance_level', 'Scores', 'effective_n', 'score',
-           'ask', 'window_logps']
+           'ask', 'text_logps', 'TextScore', 'text_score', 'choice_logps', 'choice_accuracy']
 
-# %% ../../nbs/6_use/60_evals.ipynb #b841e3b7
+# %% ../../nbs/6_use/60_evals.ipynb #156ea56c
 import math, re, unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +16,9 @@ from statistics import NormalDist
 
 import numpy as np
 import torch
+
+from ..core import seq_logps, token_logps
+from ..train.loss import bits_per_byte, perplexity
 
 # %% ../../nbs/6_use/60_evals.ipynb #cbac65d0
 WIDE = {i + 0xFEE0: i for i in range(0x21, 0x7F)} | {0x3000: 0x20, 0x2212: 0x2D, 0x2013: 0x2D, 0x2014: 0x2D}
@@ -211,23 +214,89 @@ def ask(
             answers[i] = tokenizer.decode(row[:end]).strip()
     return answers
 
-# %% ../../nbs/6_use/60_evals.ipynb #4ae68086
+# %% ../../nbs/6_use/60_evals.ipynb #bbc2d1e2
 @torch.inference_mode()
-def window_logps(
-    model,           # ids (B,T) -> logits (B,T,V), or an object that holds `.logits`
-    ids:list[int],   # a document, its first token (bos) is only read
-    length:int,      # tokens the model may see at once
-    stride:int|None=None, # new tokens a window; smaller gives each token more context and costs more
-)->torch.Tensor:     # (T-1,) log-probability of each token but the first, each scored once
-    "Sliding-window log-probabilities (lm-eval's `loglikelihood_rolling`)"
-    stride, done, found, where = stride or length, 0, [], next(model.parameters()).device
-    if not 0 < stride <= length: raise ValueError(f"window_logps: stride {stride} must be 1 to the window's length {length}")
-    while done < len(ids) - 1:
-        end = min(done + stride if done else length, len(ids) - 1)
-        start = max(0, end - length)
-        window = torch.tensor([ids[start:end + 1]], device=where)
-        out = model(window[:, :-1])
-        logits = getattr(out, "logits", out)
-        found.append(torch.log_softmax(logits[0].float(), -1).gather(-1, window[0, 1:, None])[done - start - (end - start):, 0])
+def text_logps(
+    model,                # ids (B,T) -> logits (B,T,V), or an object with `.logits`, as transformers' models give
+    ids:list[int],        # T tokens; the first (bos) is only read
+    length:int,           # tokens the model may see at once
+    stride:int|None=None, # new tokens a window; the smaller, the more context each token has, and the longer it takes
+)->torch.Tensor:          # (T-1,) log-probability of every token but the first, each scored once
+    "Sliding-window log-probabilities; the last window reaches back to be full"
+    stride, done, found, where = stride or length - 1, 1, [], next(model.parameters()).device
+    if not 0 < stride < length: raise ValueError(f"text_logps: stride {stride} must be 1 to {length - 1} in windows of {length} tokens")
+    while done < len(ids):
+        end = min(len(ids), done + stride if found else length)
+        window = torch.tensor([ids[max(0, end - length):end]], device=where)  # (1,T)
+        out = model(window)
+        found.append(token_logps(getattr(out, "logits", out), window)[0, done - end:].cpu())
         done = end
-    return torch.cat(found).cpu() if found else torch.zeros(0)
+    return torch.cat(found) if found else torch.zeros(0)
+
+# %% ../../nbs/6_use/60_evals.ipynb #f8c7c22f
+@dataclass(frozen=True)
+class TextScore:
+    "How well a model foresees held-out documents"
+    documents: int
+    tokens: int
+    nats: float          # summed over all tokens
+    perplexity: float    # per token: only for models that share a tokenizer
+    bits_per_byte: float # comparable between tokenizers
+    low: float|None      # interval of the bits per byte, documents resampled; None for a single document
+    high: float|None
+    def __str__(self):
+        interval = "" if self.low is None else f" [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.bits_per_byte:.3f}{interval} bits per byte, perplexity {self.perplexity:.2f} over {self.tokens} tokens of {self.documents} documents"
+    __repr__ = __str__
+
+def text_score(
+    model,                # as in `text_logps`
+    encode:Callable,      # text -> ids, without special tokens: `tokenizer.encode`
+    documents:list[str],  # held out
+    bos_id:int,           # stands before each document
+    length:int,           # as in `text_logps`
+    stride:int|None=None, # as in `text_logps`
+)->TextScore:             # over all tokens, not the mean of the documents' perplexities
+    "Perplexity and bits per byte of whole documents, each token counted once"
+    sizes = np.array([len(d.encode()) for d in documents if d])
+    if not len(sizes): raise ValueError("text_score: no text in the documents")
+    logps = [text_logps(model, [bos_id, *encode(d)], length, stride) for d in documents if d]
+    nats, tokens = -np.array([x.double().sum() for x in logps]), sum(len(x) for x in logps)
+    low, high = np.array(bootstrap_interval(nats/sizes, weights=sizes))/math.log(2) if len(sizes) > 1 else (None, None)
+    return TextScore(len(sizes), tokens, nats.sum(), perplexity(nats.sum()/tokens), bits_per_byte(nats.sum(), sizes.sum()), low, high)
+
+# %% ../../nbs/6_use/60_evals.ipynb #c445ce63
+@torch.inference_mode()
+def choice_logps(
+    model,             # as in `text_logps`
+    encode:Callable,   # text -> ids, without special tokens
+    prompt:str,        # what stands before; a space at its end is moved into the choices
+    choices:list[str], # the possible continuations, usually with a space in front
+    bos_id:int|None=None, # put first, if given
+)->torch.Tensor:       # (k,) summed log-probability of each choice
+    "Log-likelihood of each choice after the prompt, which itself isn't scored"
+    stem = prompt.rstrip(" ")
+    start = ([] if bos_id is None else [bos_id]) + encode(stem)
+    ends = [encode(prompt[len(stem):] + c) for c in choices]
+    if not start or not all(ends): raise ValueError("choice_logps: neither the prompt nor a choice may be empty")
+    width = max(map(len, ends))
+    ids  = torch.tensor([start + e + [0]*(width - len(e)) for e in ends], device=next(model.parameters()).device)  # (k,T)
+    mask = torch.tensor([[0]*len(start) + [1]*len(e) + [0]*(width - len(e)) for e in ends], device=ids.device)     # (k,T)
+    out = model(ids)
+    return seq_logps(getattr(out, "logits", out), ids, mask).cpu()
+
+def choice_accuracy(
+    model,                     # as in `text_logps`
+    encode:Callable,           # text -> ids, without special tokens
+    questions:list[tuple],     # (prompt, choices, index of the right one)
+    bos_id:int|None=None,      # put first, if given
+    per_character:bool=False,  # divide by the choice's length before choosing: another measure, lm-eval's `acc_norm`
+    task:str="multiple choice",# a name
+)->Scores:                     # with 1/k as chance level
+    "Share of questions whose right choice is the likeliest (the form of MMLU, arXiv:2009.03300)"
+    marks = []
+    for prompt, choices, gold in questions:
+        logps = choice_logps(model, encode, prompt, choices, bos_id)
+        if per_character: logps = logps/torch.tensor([len(c.strip()) for c in choices])
+        marks.append(logps.argmax().item() == gold)
+    return score(marks, task + " (per character)"*per_character, chance_level([len(c) for _, c, _ in questions]))
