@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['KINDS', 'NESTED', 'ROLES', 'FORMATS', 'KNOWN', 'Conversation', 'read_rows', 'conversations_of', 'read_conversations']
 
-# %% ../../nbs/4_tune/40a_formats.ipynb #7bf4e500
+# %% ../../nbs/4_tune/40a_formats.ipynb #cdfb92c0
 import csv, gzip, io, json, re, warnings, zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..core import UserError
@@ -41,7 +41,7 @@ def _text(path, data):
     if not text.strip(): raise UserError("the file is empty", str(path), "A conversation file has at least one row")
     return text
 
-# %% ../../nbs/4_tune/40a_formats.ipynb #3553ac20
+# %% ../../nbs/4_tune/40a_formats.ipynb #60b67e63
 def _json_rows(path, text):
     "(line, row) of a JSON list, or of JSON values one after the other (JSON Lines), whatever the file is called"
     decoder, at, line, seen = json.JSONDecoder(), 0, 1, 0
@@ -50,7 +50,7 @@ def _json_rows(path, text):
     if whole: at = text.index("[") + 1
     while True:
         end = gap.match(text, at).end()
-        line, at, start = line + text.count("\n", seen, end), end, end
+        line, at = line + text.count("\n", seen, end), end
         seen = end
         if whole and text[at:at+1] == "]": break
         if not whole and at == len(text): break
