@@ -23,7 +23,10 @@ def imports(path):
     "Every imported module, lazy imports included"
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import): yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom): yield node.module if node.level == 0 else f"llmbench (relative, line {node.lineno})"
+        elif isinstance(node, ast.ImportFrom) and node.level == 0: yield node.module
+        elif isinstance(node, ast.ImportFrom):  # relative: `..core` in llmbench/text/batch.py is llmbench.core
+            above = path.relative_to(ROOT).parts[:-node.level]
+            for name in [node.module] if node.module else [alias.name for alias in node.names]: yield ".".join((*above, name))
 
 
 def facts():
