@@ -220,7 +220,7 @@ def _rest(self:Panel, rest:bool)->None:
     for control in self.controls.values():
         if hasattr(control, "disabled"): control.disabled = not rest
 
-# %% ../nbs/02_panel.ipynb #5f65d6d3
+# %% ../nbs/02_panel.ipynb #33c6f094
 @patch
 def run_now(self:Panel,
     most:int|None=None, # stop after so many records; None: to the end
@@ -233,5 +233,6 @@ def run_now(self:Panel,
     try:
         while most is None or len(self.records) < most: self.records.append(next(work))
     except StopIteration: pass
-    finally: work.close()
+    finally:
+        if hasattr(work, "close"): work.close()
     return self._show(self.values)

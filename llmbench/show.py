@@ -7,16 +7,18 @@ __all__ = ['COLOURS', 'INK', 'SERIES', 'CJK', 'BLACK', 'WHITE', 'MARKS', 'BOX', 
            'fonts', 'drawable', 'neutral', 'png', 'svg', 'Picture', 'new_figure', 'readable', 'Html', 'tint',
            'token_ribbon', 'running_mean', 'loss_curves', 'heat_map', 'probability_bars']
 
-# %% ../nbs/01_show.ipynb #eee76c6c
+# %% ../nbs/01_show.ipynb #97c836cd
 import hashlib, html, io, re, warnings
 from functools import lru_cache
 
 import numpy as np
 from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FixedFormatter, ScalarFormatter
+from PIL import Image
 
 # %% ../nbs/01_show.ipynb #526a24fa
 COLOURS = dict(
@@ -92,14 +94,17 @@ def _neutral_axes(ax, names):
         if side in ("top", "right") and ax.name == "rectilinear" and not ax.images: spine.set_visible(False)
     if ax.get_legend(): ax.get_legend().get_frame().set_alpha(0)
 
-# %% ../nbs/01_show.ipynb #b7b5cbb4
+# %% ../nbs/01_show.ipynb #0076b0c0
 def png(
     figure:Figure, # drawn with or without pyplot
     dpi:float=96,  # dots per inch: 96 is one pixel of an ordinary screen, 192 is sharp on a dense one
 )->bytes:          # a PNG with a transparent background
     "The figure as a picture for either theme"
-    buffer = io.BytesIO()
-    neutral(figure).savefig(buffer, format="png", dpi=dpi)
+    buffer, before = io.BytesIO(), (figure.canvas, figure.dpi)
+    canvas, figure.dpi = FigureCanvasAgg(neutral(figure)), dpi
+    canvas.draw() # savefig would draw a figure with a layout twice
+    figure.canvas, figure.dpi = before
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).save(buffer, "png", compress_level=1)
     return buffer.getvalue()
 
 def svg(

@@ -38,7 +38,8 @@ ROOT = Path(__file__).parent.parent.parent
 SHOTS = ROOT/".cache"/"browser"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
-FAILED = re.compile(r"Traceback \(most recent call last\)|Exception in (?:message|comm|callback)|Error in callback", re.I)
+FAILED = re.compile(r"^Traceback \(most recent call last\):\n(?:[ |].*\n)*.*", re.M)
+PAINT = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def chromium():
@@ -96,13 +97,20 @@ class Panel:
 
     @contextlib.contextmanager
     def changes(self, seconds=10):
-        "What the panel shows must change within this time"
+        "What the panel shows must change within this time; then wait until it has settled"
         before, end = self.content(), time.time() + seconds
         yield
         while self.content() == before:
             assert time.time() < end, f"nothing changed within {seconds} s" + (f"; the panel says: {self.error()}" if self.error() else "")
-            time.sleep(.05)
-        self.page.idle()
+            self.page.tab.wait_for_timeout(50)
+        self.settle()
+
+    def settle(self, seconds=10):
+        "Wait until the kernel rests and the picture stays the same"
+        end, before = time.time() + seconds, None
+        while before != (before := self.content()) and time.time() < end:
+            self.page.idle()
+            self.page.tab.wait_for_timeout(200)
 
 
 class Page:
@@ -114,6 +122,11 @@ class Page:
         self.tab.on("pageerror", lambda e: self.thrown.append(f"browser: {e}"))
         self.tab.goto(f"{lab.url}/lab/workspaces/{secrets.token_hex(4)}/tree/{name}?reset&token={lab.token}")
         self.tab.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'", timeout=60_000)
+
+        self.js("""window.unheard = []; panel.sessionContext.iopubMessage.connect((_, m) => {
+            const asked = m.parent_header.msg_type === 'execute_request', text = (m.content.traceback || [m.content.text || '']).join('\\n');
+            if (!asked && (m.header.msg_type === 'error' || /Traceback \\(most recent/.test(text))) window.unheard.push(text);});""")
+        self.js("if (!app.shell.leftCollapsed) await app.commands.execute('application:toggle-left-area');")
 
     def js(self, body): return self.tab.evaluate("async () => {const app = window.jupyterapp, panel = app.shell.currentWidget;" + body + "}")
     def idle(self): self.tab.wait_for_function("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'", timeout=120_000)
@@ -139,7 +152,7 @@ class Page:
         "The tracebacks in the cells' outputs"
         found = self.js("""return [...panel.content.model.cells].flatMap(c => c.type === 'code' ? c.outputs.toJSON() : [])
             .filter(o => o.output_type === 'error').map(o => o.traceback.join('\\n'));""")
-        return [re.sub(r"\x1b\[[0-9;]*m", "", text) for text in found]
+        return [PAINT.sub("", text) for text in found]
 
     def errors(self):
         "Everything that went wrong anywhere, also where runners do not look"
@@ -149,9 +162,9 @@ class Page:
         lost = [t for t in self.tab.locator(".jp-OutputArea-output").all_inner_texts() if t.startswith(("Error displaying widget", "Loading widget"))]
         with self.lab.log.open(errors="replace") as f:
             f.seek(self.read)
-            logged = f.read()
-        return (self.cell_errors() + ([outputs] if outputs != "[]" else []) + boxes + lost + self.thrown
-                + ([logged[found.start():found.start() + 3000]] if (found := FAILED.search(logged)) else []))
+            logged = FAILED.findall(f.read())
+        unheard = [PAINT.sub("", text) for text in self.tab.evaluate("() => window.unheard")]
+        return self.cell_errors() + ([outputs] if outputs != "[]" else []) + boxes + lost + unheard + self.thrown + logged
 
     def panel(self, which=0):
         self.tab.locator(".llmbench-panel").nth(which).wait_for()
@@ -164,13 +177,15 @@ class Page:
         self.tab.wait_for_timeout(300)
 
     def screenshot(self, name, full=True):
-        "A picture under .cache/browser; full shows every cell, else what the window shows"
+        "A picture under .cache/browser: every cell with `full`, else what the window shows; returns its path"
         SHOTS.mkdir(parents=True, exist_ok=True)
         if full:
-            height = self.tab.evaluate("() => [...document.querySelectorAll('.jp-WindowedPanel-outer')].map(e => e.scrollHeight)[0] || 800")
-            self.tab.set_viewport_size(dict(width=1280, height=min(int(height) + 160, 12_000)))
-            self.tab.wait_for_timeout(300)
+            bottom = self.tab.evaluate("() => {const o = document.querySelector('.jp-NotebookPanel-notebook .jp-WindowedPanel-outer'); o.scrollTop = 0;"
+                                       "return Math.max(...[...o.querySelectorAll('.jp-Cell')].map(e => e.getBoundingClientRect().bottom));}")
+            self.tab.set_viewport_size(dict(width=1280, height=min(int(bottom) + 60, 16_000)))
+            self.tab.wait_for_timeout(400)
         self.tab.screenshot(path=str(SHOTS/f"{name}.png"))
+        self.tab.set_viewport_size(dict(width=1280, height=1000))
         return SHOTS/f"{name}.png"
 
     def close(self):
@@ -202,14 +217,14 @@ class Lab:
                 assert self.process.poll() is None and time.time() < end, f"JupyterLab did not start:\n{self.log.read_text()[-3000:]}"
                 time.sleep(.2)
 
-    def open(self, notebook):
-        "A tab with a copy of a notebook, or with a new one made of a list of cells"
+    def open(self, notebook, keep=False):
+        "A tab with a copy of a notebook (`keep`: with its outputs), or with a new one made of a list of cells"
         if isinstance(notebook, (str, Path)):
             cells, name = json.loads(Path(notebook).read_text())["cells"], Path(notebook).stem
         else:
             cells, name = [dict(cell_type="code", id=f"c{i}", metadata={}, source=s, outputs=[], execution_count=None) for i, s in enumerate(notebook)], "cells"
         for cell in cells:
-            if cell["cell_type"] == "code": cell["outputs"] = []
+            if cell["cell_type"] == "code" and not keep: cell["outputs"] = []
         kernel = dict(kernelspec=dict(display_name="Python 3", language="python", name="python3"))
         name = f"{name}-{len(self.pages)}.ipynb"
         (self.folder/"work"/name).write_text(json.dumps(dict(cells=cells, metadata=kernel, nbformat=4, nbformat_minor=5)))
@@ -223,7 +238,8 @@ class Lab:
 
 
 @pytest.fixture(scope="session")
-def _lab(tmp_path_factory):
+def open_lab(tmp_path_factory):
+    "The session's JupyterLab; who opens a page here closes it"
     if chromium() is None: pytest.skip("no Chromium here: install Debian's `chromium` or set LLMBENCH_CHROMIUM to one")
     sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[dev]'")
     with sync.sync_playwright() as play:
@@ -236,7 +252,8 @@ def _lab(tmp_path_factory):
 
 
 @pytest.fixture
-def lab(_lab):
-    "The session's JupyterLab; see the top of this file"
-    yield _lab
-    for page in _lab.pages: page.close()
+def lab(open_lab):
+    "The session's JupyterLab, whose new pages are closed after the test; see the top of this file"
+    before = len(open_lab.pages)
+    yield open_lab
+    for page in open_lab.pages[before:]: page.close()
