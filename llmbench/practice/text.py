@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['written', 'check_pair_counts', 'check_merge', 'check_prompt', 'check_stream', 'check_token_counts',
-           'check_token_exam']
+           'check_token_text', 'check_token_exam']
 
 # %% ../../nbs/1_text/19_practice.ipynb #4015b031
 from ..text.bpe import BPE
@@ -105,6 +105,18 @@ def check_token_counts(
         ids = bpe.encode(text)
         assert answer[text] == len(ids), f"{text!r} is not {answer[text]} tokens: {hint}"
     return "All four right: " + ", ".join(str(len(bpe.encode(text))) for text in hints)
+
+# %% ../../nbs/1_text/19_practice.ipynb #722bbcf6
+def check_token_text(
+    answer, # the learner's function of one name in the byte alphabet
+)->str:     # what was right, or an AssertionError that says what was not
+    "Check the reading of vocabulary keys"
+    for name, text, hint in (("cat", "cat", "a printable letter names itself"), ("Ġcat", " cat", "Ġ is the space"), ("ĊĊ", "\n\n", "Ċ is the line end"),
+                             ("äºĳ", "云", "three letters name the three bytes of 云"), ("cafÃ©", "café", "é is two bytes"),
+                             ("ä", "\ufffd", "one byte of three is no character: U+FFFD")):
+        got = written(answer, name)
+        assert got == text, f"{name!r} should read {text!r}, not {got!r}: {hint}"
+    return "Right: there was Chinese in the vocabulary all along"
 
 # %% ../../nbs/1_text/19_practice.ipynb #2fd2ce8c
 def check_token_exam(
