@@ -33,7 +33,7 @@ class Panel:
         self.redraw()
         if time.perf_counter() - started > .4: self._follow_less()
 
-# %% ../nbs/02_panel.ipynb #d119e3b9
+# %% ../nbs/02_panel.ipynb #cbc2f8d6
 @patch
 def _lay_out(self:Panel,
     size:tuple, # of the figure, in inches
@@ -42,6 +42,7 @@ def _lay_out(self:Panel,
     for name, control in self.controls.items():
         control.description = control.description or name.replace("_", " ")
         control.style.description_width = "initial"
+        if isinstance(control, (widgets.Text, widgets.Textarea)): control.layout.width = control.layout.width or "min(100%, 40em)"
         control.observe(lambda change: self._moved(change), names="value")
     wide = dict(width=f"{round(size[0]*96)}px", max_width="100%", align_self="flex-start")
     self.picture = widgets.HTML() if self.html else widgets.Image(format="png", layout=wide)
@@ -135,12 +136,13 @@ def _png(self:Panel)->bytes: # the figure as it stands
     self._places = [ax.get_position(original=True) for ax in figure.axes], label_room(figure)
     return picture
 
-# %% ../nbs/02_panel.ipynb #6bd6dc15
+# %% ../nbs/02_panel.ipynb #cf2a0ea2
 @patch
 def _repr_mimebundle_(self:Panel, **kwargs):
-    bundle = self.widget._repr_mimebundle_(**kwargs)
-    still = {"text/html": self.picture.value} if self.html else {"image/png": bytes(self.picture.value)}
-    return (bundle[0] if isinstance(bundle, tuple) else bundle) | still | {"text/plain": repr(self)}
+    "The live widget, and beside it the picture as it stands, for places where nothing runs"
+    with self._lock: still = {"text/html": self.picture.value} if self.html else {"image/png": png(self.figure, dpi=144, colours=256)}
+    size = {} if self.html else dict(zip(("width", "height"), (round(inches*96) for inches in self.figure.get_size_inches())))
+    return self.widget._repr_mimebundle_(**kwargs) | still | {"text/plain": repr(self)}, {"image/png": size}
 
 @patch
 def __repr__(self:Panel): return f"Panel({', '.join(f'{name}={value!r}' for name, value in self.values.items())})"

@@ -7,15 +7,17 @@ __all__ = ['COLOURS', 'INK', 'SERIES', 'CJK', 'BLACK', 'WHITE', 'MARKS', 'BOX', 
            'fonts', 'drawable', 'neutral', 'png', 'svg', 'Picture', 'new_figure', 'readable', 'Html', 'tint',
            'token_ribbon', 'running_mean', 'loss_curves', 'heat_map', 'probability_bars']
 
-# %% ../nbs/01_show.ipynb #97c836cd
+# %% ../nbs/01_show.ipynb #b777a181
 import hashlib, html, io, re, warnings
 from functools import lru_cache
 
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import FixedFormatter, ScalarFormatter
 from PIL import Image
@@ -63,7 +65,7 @@ def drawable(
     if any("\u3400" <= c <= "\u9fff" for c in missing): _say_once("no Chinese font: labels show code points. Debian, Ubuntu: apt install fonts-noto-cjk")
     return "".join(f"U+{ord(c):04X}" if c in missing else c for c in str(text))
 
-# %% ../nbs/01_show.ipynb #bfb353f8
+# %% ../nbs/01_show.ipynb #f3f2be95
 BLACK, WHITE = ("black", "k", "#000000"), (1., 1., 1., 1.)
 
 def neutral(
@@ -74,12 +76,20 @@ def neutral(
     for box in (figure, *figure.axes):
         if box.patch.get_facecolor() == WHITE: box.patch.set_facecolor("none")
     for ax in figure.axes: _neutral_axes(ax, names)
-    for text in figure.findobj(Text):
-        if text.get_color() in BLACK: text.set_color(INK)
-        if not text.get_text().isascii():
-            text.set_text(drawable(text.get_text()))
-            if text.get_family() == ["sans-serif"]: text.set_family(names)
+    for drawn in figure.findobj(lambda artist: isinstance(artist, (Text, Line2D, LineCollection))): _neutral_artist(drawn, names)
     return figure
+
+def _black(colour): return isinstance(colour, str) and colour in BLACK
+
+def _neutral_artist(drawn, names):
+    if isinstance(drawn, LineCollection): # error bars
+        if (drawn.get_color()[:, :3] == 0).all(): drawn.set_color(INK)
+        return
+    if _black(drawn.get_color()): drawn.set_color(INK)
+    if isinstance(drawn, Line2D) and _black(drawn.get_markeredgecolor()): drawn.set_markeredgecolor(INK)
+    if isinstance(drawn, Text) and not drawn.get_text().isascii():
+        drawn.set_text(drawable(drawn.get_text()))
+        if drawn.get_family() == ["sans-serif"]: drawn.set_family(names)
 
 def _neutral_axes(ax, names):
     ax.tick_params(which="both", color=INK, labelcolor=INK)
@@ -87,24 +97,25 @@ def _neutral_axes(ax, names):
         named = axis.get_major_formatter()
         if isinstance(named, FixedFormatter): named.seq = [drawable(name) for name in named.seq]
         if not isinstance(named, ScalarFormatter): axis.set_tick_params(labelfontfamily=names)
-    for line in ax.lines:
-        if line.get_color() in BLACK: line.set_color(INK)
     for side, spine in ax.spines.items():
         spine.set_color(INK)
         if side in ("top", "right") and ax.name == "rectilinear" and not ax.images: spine.set_visible(False)
     if ax.get_legend(): ax.get_legend().get_frame().set_alpha(0)
 
-# %% ../nbs/01_show.ipynb #0076b0c0
+# %% ../nbs/01_show.ipynb #d322e9b7
 def png(
     figure:Figure, # drawn with or without pyplot
     dpi:float=96,  # dots per inch: 96 is one pixel of an ordinary screen, 192 is sharp on a dense one
+    colours:int=0, # at most so many, for a file a quarter as large; 0 keeps all
 )->bytes:          # a PNG with a transparent background
     "The figure as a picture for either theme"
     buffer, before = io.BytesIO(), (figure.canvas, figure.dpi)
     canvas, figure.dpi = FigureCanvasAgg(neutral(figure)), dpi
     canvas.draw() # savefig would draw a figure with a layout twice
     figure.canvas, figure.dpi = before
-    Image.fromarray(np.asarray(canvas.buffer_rgba())).save(buffer, "png", compress_level=1)
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba()))
+    if colours: image = image.quantize(colours, method=Image.Quantize.FASTOCTREE)
+    image.save(buffer, "png", compress_level=9 if colours else 1)
     return buffer.getvalue()
 
 def svg(
@@ -120,12 +131,12 @@ def svg(
     text = text.replace("\0", f"p{hashlib.sha256(text.encode()).hexdigest()[:8]}-")
     return f'<svg role="img" aria-label="{html.escape(title)}" style="max-width:100%;height:auto" ' + text[len("<svg "):]
 
-# %% ../nbs/01_show.ipynb #55230ed8
+# %% ../nbs/01_show.ipynb #ce0b7b13
 class Picture(Figure):
     "A matplotlib figure that pyplot does not know, and that shows itself in a notebook in either theme"
     def _repr_mimebundle_(self, **kwargs):
         width, height = (round(inches*96) for inches in self.get_size_inches())
-        return {"image/png": png(self, dpi=192)}, {"image/png": dict(width=width, height=height)}
+        return {"image/png": png(self, dpi=192, colours=256)}, {"image/png": dict(width=width, height=height)}
 
 def new_figure(
     rows:int=1,                       # panes from top to bottom
@@ -212,7 +223,7 @@ def running_mean(
     count = np.convolve(good, box, "same")
     return np.where(count > 0, np.convolve(np.where(good, ys, 0), box, "same")/np.maximum(count, 1), np.nan)
 
-# %% ../nbs/01_show.ipynb #d1b086f9
+# %% ../nbs/01_show.ipynb #fda51110
 def _cleared(figure, size=(6.4, 3.)):
     "An empty figure: the given one, or a new one"
     if figure is None: return Picture(figsize=size, layout="constrained")
@@ -224,18 +235,19 @@ def loss_curves(
     xlabel:str="step",              # what x is, with unit
     ylabel:str="loss (nats/token)", # what y is, with unit
     log:bool=False,                 # logarithmic y
-    smooth:int=0,                   # over so many points a running mean is drawn, with the raw curve behind it; 0 draws the raw curve alone
+    smooth:int=0,                   # a running mean over so many points, with the raw curve behind it; curves of 30 points or fewer stay as they are
     figure:Figure|None=None,        # draw into this figure or subfigure, cleared
 )->Figure:                          # the figure
-    "Curves of a training run, told apart by colour and by dash; a dotted red line where the loss is no number"
+    "Curves of a training run, told apart by colour and by dash; a dotted red line where the loss stops being a number"
     figure = _cleared(figure)
     ax, spare, dashes = figure.subplots(), iter(SERIES*9), iter(["-", "--", "-.", ":", (0, (5, 1))]*9)
     for name, (xs, ys) in curves.items():
         xs, ys, colour = np.asarray(xs, float), np.asarray(ys, float), COLOURS.get(name) or next(spare)
-        for x in xs[~np.isfinite(ys)][:20]: ax.axvline(x, color=COLOURS["error"], linestyle=":", linewidth=1)
-        if smooth > 1: ax.plot(xs, ys, color=colour, linewidth=.7, alpha=.4)
-        ax.plot(xs, running_mean(ys, smooth) if smooth > 1 else ys, color=colour, label=name, linestyle=next(dashes),
-                marker="o" if len(xs) <= 30 else None, markersize=3.5)
+        few, lost = len(xs) <= 30, ~np.isfinite(ys)
+        for x in xs[np.diff(lost, prepend=False) & lost]: ax.axvline(x, color=COLOURS["error"], linestyle=":", linewidth=1.5)
+        if smooth > 1 and not few: ax.plot(xs, ys, color=colour, linewidth=.7, alpha=.4)
+        ax.plot(xs, running_mean(ys, smooth) if smooth > 1 and not few else ys, color=colour, label=name, linestyle=next(dashes),
+                marker="o" if few else None, markersize=3.5)
     ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
     if log: _plain_ticks(ax.yaxis)
     if len(curves): ax.legend(frameon=False)
@@ -246,7 +258,7 @@ def _plain_ticks(axis):
     for place in (axis.set_major_formatter, axis.set_minor_formatter): place(ScalarFormatter())
     axis.set_tick_params(which="minor", labelsize=8)
 
-# %% ../nbs/01_show.ipynb #8d3345bd
+# %% ../nbs/01_show.ipynb #8c696cd6
 SIGNED = LinearSegmentedColormap.from_list("signed", ["#8a3300", COLOURS["rejected"], "#f2f2f2", COLOURS["chosen"], "#0b2f7a"])
 
 def _scale(matrix, limits):
@@ -258,7 +270,7 @@ def _scale(matrix, limits):
 def _write_cells(ax, image, matrix):
     "The number in each cell, dark on light and light on dark"
     for r, c in zip(*np.nonzero(~np.ma.getmaskarray(matrix))):
-        dark = np.dot(image.cmap(image.norm(matrix[r, c]))[:3], [.3, .59, .11]) < .52
+        dark = np.array(image.cmap(image.norm(matrix[r, c]))[:3])**2.2 @ [.21, .72, .07] < .18
         ax.text(c, r, f"{matrix[r, c]:.2g}", ha="center", va="center", fontsize=8, color="#f8f8f8" if dark else "#0a0a0a").set_in_layout(False)
 
 # %% ../nbs/01_show.ipynb #b78c9898
