@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['written', 'check_pair_counts', 'check_merge', 'check_prompt', 'check_stream', 'check_token_counts',
-           'check_token_text', 'check_token_exam']
+           'check_token_text', 'check_token_exam', 'check_attend', 'check_positions', 'check_boundaries']
 
 # %% ../../nbs/1_text/19_practice.ipynb #4015b031
 from ..text.bpe import BPE
@@ -127,3 +127,50 @@ def check_token_exam(
     assert len(letters) == 5 and set(letters) <= set("abc"), "five letters please, each a, b or c"
     wrong = [k for k, (given, right) in enumerate(zip(letters, "bcbac"), 1) if given != right]
     return "5 of 5" if not wrong else f"{5 - len(wrong)} of 5. Read again: " + "; ".join(f"{k}: {read[k]}" for k in wrong)
+
+# %% ../../nbs/1_text/19_practice.ipynb #4d38f0a2
+import torch
+
+# %% ../../nbs/1_text/19_practice.ipynb #9432afba
+def check_attend(
+    answer, # the learner's function of segments (B,T)
+)->str:     # what was right, or an AssertionError that says what was not
+    "Check a block-diagonal causal mask, cell by cell"
+    segments = torch.tensor([[1, 1, 1, 2, 2, 0], [0, 0, 1, 1, 1, 1]])
+    got = written(answer, segments)
+    assert got.shape == (2, 1, 6, 6), f"the shape is (B,1,T,T), here (2, 1, 6, 6), not {tuple(got.shape)}"
+    assert got.dtype == torch.bool, f"True or False, please, not {got.dtype}"
+    for b in range(2):
+        for q in range(6):
+            assert not got[b, 0, q, q+1:].any(), f"row {b}: query {q} sees the future"
+            for k in range(q + 1):
+                same = bool(segments[b, q] == segments[b, k])
+                assert same or not got[b, 0, q, k], f"row {b}: query {q} looks into another document at key {k}"
+                assert not same or segments[b, q] == 0 or got[b, 0, q, k], f"row {b}: query {q} must see key {k} of its own document"
+            assert got[b, 0, q].any(), f"row {b}: padding query {q} sees nothing: its softmax would be NaN"
+    return "Right: 10 of the first row's 36 cells are open"
+
+# %% ../../nbs/1_text/19_practice.ipynb #a0fd1348
+def check_positions(
+    answer, # the learner's function of segments (B,T)
+)->str:     # what was right, or an AssertionError that says what was not
+    "Check positions that begin anew in each document"
+    segments = torch.tensor([[1, 1, 1, 2, 2, 0], [0, 0, 1, 1, 1, 1]])
+    got = written(answer, segments).tolist()
+    assert got != [[0, 1, 2, 3, 4, 5]]*2, "positions are not reset where a document begins"
+    assert got[0][0] == 0 and got[0][3] == 0, f"a document begins at position 0, yours at {got[0][0]} and {got[0][3]}"
+    assert got[0][5] == 0 and got[1][:2] == [0, 0], "padding has position 0"
+    assert got == [[0, 1, 2, 0, 1, 0], [0, 0, 0, 1, 2, 3]], f"wanted 0 1 2 0 1 0 and 0 0 0 1 2 3, got {got}"
+    return "Right, on both sides of the padding"
+
+# %% ../../nbs/1_text/19_practice.ipynb #f5fc8160
+def check_boundaries(
+    answer, # the learner's function of segments (B,T)
+)->str:     # what was right, or an AssertionError that says what was not
+    "Check cumulative sequence lengths as flash attention takes them"
+    got = written(answer, torch.tensor([[1, 1, 2, 2], [2, 2, 2, 0], [1, 1, 1, 1]])).tolist()
+    assert got[0] == 0, "the first document starts at 0"
+    assert got[-1] == 12, f"cu_seqlens ends with the number of tokens, 12, not {got[-1]}"
+    assert 4 in got, "a new row always starts a new document, even when the segment number stays the same"
+    assert got == [0, 2, 4, 7, 8, 12], f"wanted [0, 2, 4, 7, 8, 12], got {got}"
+    return "Right: differences of neighbours are the lengths 2, 2, 3, 1, 4"
