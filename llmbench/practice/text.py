@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['written', 'check_pair_counts', 'check_merge', 'check_prompt', 'check_stream', 'check_token_counts',
-           'check_token_text', 'check_token_exam', 'check_attend', 'check_positions', 'check_boundaries']
+           'check_token_text', 'check_token_exam', 'check_attend', 'check_positions', 'check_boundaries', 'check_split',
+           'check_record']
 
 # %% ../../nbs/1_text/19_practice.ipynb #4015b031
 from ..text.bpe import BPE
@@ -174,3 +175,48 @@ def check_boundaries(
     assert 4 in got, "a new row always starts a new document, even when the segment number stays the same"
     assert got == [0, 2, 4, 7, 8, 12], f"wanted [0, 2, 4, 7, 8, 12], got {got}"
     return "Right: differences of neighbours are the lengths 2, 2, 3, 1, 4"
+
+# %% ../../nbs/1_text/19_practice.ipynb #be93a45c
+import json
+from ..core import UserError
+
+# %% ../../nbs/1_text/19_practice.ipynb #986cf8f5
+def _names(code):
+    "Every global name that a function uses, inner functions included"
+    return {n for c in [code] if c for n in (*c.co_names, *(n for k in c.co_consts if hasattr(k, "co_names") for n in _names(k)))}
+
+def check_split(
+    answer, # the learner's function of (docs, valid)
+)->str:     # what was right, or an AssertionError that says what was not
+    "Check a split by document: copies together, nothing lost, stable when the corpus grows"
+    docs = [f"Page {i} of the town's paper" for i in range(400)]
+    docs = docs + docs[:80]
+    train, valid = written(answer, list(docs), .2)
+    both = set(train) & set(valid)
+    assert not both, f"{len(both)} documents are on both sides: copies must stay together"
+    assert sorted([*train, *valid]) == sorted(docs), "documents were lost: copies stay copies, only together"
+    assert .1 < len(valid)/len(docs) < .3, f"a fifth was asked for, you held out {len(valid)/len(docs):.0%}"
+    assert "hash" not in _names(getattr(answer, "__code__", None)), "Python's hash of a string differs from process to process (PYTHONHASHSEED): take hashlib"
+    more = written(answer, [f"New page {i}" for i in range(300)] + docs, .2)[1]
+    moved = set(valid) ^ (set(more) & set(docs))
+    assert not moved, f"{len(moved)} old documents changed sides when new ones came: let each document decide for itself"
+    return "Right: no leak today, and none when the corpus grows"
+
+# %% ../../nbs/1_text/19_practice.ipynb #0df57787
+def check_record(
+    answer, # the learner's function of (line, where)
+)->str:     # what was right, or an AssertionError that says what was not
+    "Check the reading of one line of JSON Lines in three shapes, and the message for a fourth"
+    shapes = {"a string": ("Mira bakes.", "Mira bakes."), "an object with text": ({"text": "Oban sings.", "id": 3}, "Oban sings."),
+              "a poem with paragraphs": ({"paragraphs": ["白云过山，", "明月在河。"]}, "白云过山，\n明月在河。")}
+    for name, (value, want) in shapes.items():
+        try: got = written(answer, json.dumps(value, ensure_ascii=False), "town.jsonl line 7")
+        except (TypeError, KeyError, AttributeError) as e: raise AssertionError(f"{name} is a document, but yours stops with {e!r}") from e
+        assert got == want, f"{name} should give {want!r}, not {got!r}"
+    try: got = written(answer, '{"question": "Who?", "answer": "Mira"}', "town.jsonl line 8")
+    except UserError as e: message = str(e)
+    except KeyError as e: raise AssertionError("a row without text should raise a UserError, not a KeyError") from e
+    else: raise AssertionError(f"a row without text came back as {got!r}: raise a UserError")
+    assert "town.jsonl line 8" in message, "the message should say where: pass `where` on"
+    assert "question" in message and "answer" in message, "the message should list the fields that are there"
+    return "Right, and a user with a wrong file will know why"
