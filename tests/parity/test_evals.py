@@ -108,10 +108,10 @@ def test_f1_by_hand():
 
 SAME = [("1,000", "1000"), ("１，０００", "1,000"), ("1,234,567.50", "1234567.50"), ("−5", "-5"), ("20–18", "20-18"), ("Paris.", "paris"), ("“Paris”", "Paris"),
         ("《红楼梦》", "红楼梦"), ("136 次", "136次"), ("我 是 Ann", "我是ann"), ("Ann’s", "Ann's"), ("U.S.A.", "usa"), ("**Oslo**", "Oslo"), ("- Oslo", "Oslo"), ("Straße", "STRASSE"),
-        ("é", "e\u0301"), ("Yes!", "yes"), ("\ufeffcat", "cat"), ("(b)", "B"), ("red,  blue", "red blue"), ("卡万·肖特", "卡万肖特"), ("Ｃ＃", "c#")]
+        ("é", "e\u0301"), ("Yes!", "yes"), ("\ufeffcat", "cat"), ("(b)", "B"), ("red,  blue", "red blue"), ("卡万·肖特", "卡万肖特"), ("Ｃ＃", "c#"), ("well‐known", "well-known")]
 DIFFERENT = [("3.5", "35"), ("3.5", "3,5"), ("-5", "5"), ("C#", "C"), ("C++", "C"), ("10²", "102"), ("½", "1/2"), ("1,2,3", "123"), ("100,20", "10020"), ("12,345,6", "123456"),
              ("10:30", "1030"), ("The cat", "cat"), ("50%", "50"), ("$5", "5"), ("a_b", "ab"), ("四", "4"), ("?", "!"), ("", "?"), ("1/2", "12"), ("(5)(6)", "56"), ("汉语", "漢語"), (".5", "5"),
-             ("1.000", "1000"), ("x@y", "xy")]
+             ("1.000", "1000"), ("x@y", "xy"), ("1,0000", "10000"), ("1234,567", "1234567"), ("10:30", "10 30"), ("1,2", "1 2"), ("3.141,592", "3.141592")]
 
 
 @pytest.mark.parametrize("a,b", SAME)
@@ -154,10 +154,11 @@ def pair(tmp_path_factory):
     from transformers import LlamaForCausalLM
     torch.manual_seed(3)
     tokenizer = BPE.train(TEXTS*2, 290)
-    ours = Transformer(Config(tokenizer.vocab_size, d_model=48, n_layers=2, n_heads=4, n_kv_heads=2, d_hidden=96, max_length=2048)).eval()
+    ours = Transformer(Config(tokenizer.vocab_size, d_model=48, n_layers=2, n_heads=4, n_kv_heads=2, d_hidden=96, max_length=2048, tied=False)).eval()
     with torch.no_grad():
         for p in ours.parameters():
             if p.dim() > 1: p.mul_(6)
+        ours.head.weight[tokenizer.end_id] *= 2.2  # so that some answers end early
     folder = tmp_path_factory.mktemp("twin")
     ours.save_pretrained(folder)
     return ours, LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer
@@ -272,13 +273,14 @@ def test_ask(pair, ledger):
     "Batched and padded = one by one = transformers' greedy answers"
     ours, theirs, tokenizer = pair
     template = ChatTemplate(tokenizer)
-    questions = ["to be?", "床前明月光，疑是地上霜。", "Ann keeps a red bird. Why?", [dict(role="system", content="sing"), dict(role="user", content="é")], "?"]
-    expected = []
+    questions = ["to be?", "床前明月光，疑是地上霜。", "Ann keeps a red bird. Why?", [dict(role="system", content="sing"), dict(role="user", content="é")], "?", "sing", "night"]
+    expected, ended = [], 0
     for q in questions:
         ids, _ = template.render([dict(role="user", content=q)] if isinstance(q, str) else q, prompt=True)
         out = theirs.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=12, do_sample=False, eos_token_id=tokenizer.end_id, pad_token_id=0)[0, len(ids):].tolist()
+        ended += 0 < (out + [tokenizer.end_id]).index(tokenizer.end_id) < 12
         expected.append(tokenizer.decode(out[:out.index(tokenizer.end_id)] if tokenizer.end_id in out else out).strip())
-    assert len(set(expected)) > 2
+    assert len(set(expected)) > 2 and 0 < ended < len(questions), (expected, ended)
     different = sum(a != b for batch in (1, 2, 32) for a, b in zip(ask(ours, template, questions, 12, batch), expected))
     ledger("greedy answers in batches of 1, 2 and 32", "transformers' generate", different, 0)
     assert ask(ours, template, []) == []

@@ -151,5 +151,6 @@ def test_scores():
     assert told == Scores("quiz", 4, 3., .75, *wilson_interval(3, 4), .25, .95)
     assert str(told) == repr(told) == "quiz: 75.0% [30.1%, 95.4%] of 4, chance 25.0%"
     assert "chance level unknown" in str(sum_up([1.]))
+    assert (sum_up([1, 0, 1], level=.8).low, sum_up([1, 0, 1], level=.8).level) == (wilson_interval(2, 3, .8)[0], .8)
     graded = sum_up([.5, 1., 0.], level=.8)
     assert (graded.low, graded.high) == bootstrap_interval([.5, 1., 0.], .8) and graded.accuracy == .5
