@@ -118,8 +118,8 @@ def score(
     if len(answers) != len(golds): raise ValueError(f"score: {len(answers)} answers to {len(golds)} questions")
     return sum_up([float(grade(a, g)) for a, g in zip(answers, golds)], task, chance, groups, level)
 
-# %% ../../nbs/6_use/60_evals.ipynb #71b89a46
-@torch.inference_mode()
+# %% ../../nbs/6_use/60_evals.ipynb #3281ef59
+@torch.no_grad()
 def text_logps(
     model,                # ids (B,T) -> logits (B,T,V), or an object with `.logits` as transformers' models give
     ids:list[int],        # T tokens; the first (bos) is only read
@@ -172,8 +172,8 @@ def text_score(
     total, n_bytes = float(nats.sum()), int(sizes.sum())
     return TextScore(len(sizes), tokens, total, perplexity(total/tokens), bits_per_byte(total, n_bytes), low, high)
 
-# %% ../../nbs/6_use/60_evals.ipynb #219577bb
-@torch.inference_mode()
+# %% ../../nbs/6_use/60_evals.ipynb #24549565
+@torch.no_grad()
 def choice_logps(
     model,                # as in `text_logps`
     encode:Callable,      # text -> ids, without special tokens

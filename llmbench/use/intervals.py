@@ -88,7 +88,7 @@ def effective_n(
     if G == 1 or values.var() == 0: return float(G)
     return float(min(n, max(1., values.var()*n*n*(G - 1)/(G*(residual**2).sum() or 1e-12))))
 
-# %% ../../nbs/6_use/60a_intervals.ipynb #15a7a120
+# %% ../../nbs/6_use/60a_intervals.ipynb #787e1853
 def chance_level(
     guesses,        # choices of each question (4, or [4, 4, 5]), or the gold answers as strings
     groups=None,    # with gold answers: the kind of each question, e.g. pet or city
@@ -98,7 +98,7 @@ def chance_level(
     if not len(guesses): raise ValueError("chance_level: no questions")
     if not isinstance(guesses[0], str): return sum(1/k for k in guesses)/len(guesses)
     kinds = {}
-    for gold, kind in zip(guesses, groups or [0]*len(guesses), strict=True): kinds.setdefault(kind, Counter())[gold] += 1
+    for gold, kind in zip(guesses, [0]*len(guesses) if groups is None else groups, strict=True): kinds.setdefault(kind, Counter())[gold] += 1
     return sum(max(count.values()) for count in kinds.values())/len(guesses)
 
 # %% ../../nbs/6_use/60a_intervals.ipynb #e04f9873
