@@ -111,7 +111,7 @@ def read_patterns(
           f"{where} pre_tokenizer", "Load it with transformers")
     return [pattern for k, step in enumerate(steps, 1) for pattern in _step_patterns(step, k == len(steps), f"{where} pre_tokenizer[{k - 1}]")]
 
-# %% ../../nbs/1_text/12a_tokenizer_file.ipynb #7708ab14
+# %% ../../nbs/1_text/12a_tokenizer_file.ipynb #e88740bc
 def read_tokenizer(
     path:str|Path, # tokenizer.json, or the folder that holds it
 )->tuple:          # vocab, merges, specials, patterns, ignore_merges: what `BPE` is made of
@@ -124,7 +124,7 @@ def read_tokenizer(
     _need(kind == "BPE", f"model type {kind}, not BPE", f"{path} model.type", "Load it with transformers, or train a BPE here")
     used = [f for f in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback") if model.get(f)]
     _need(not used, f"{', '.join(used)} is set, which byte-level BPE does not have", f"{path} model", "Load it with transformers")
-    _need(d.get("normalizer") is None, "the file normalises text before it is cut", f"{path} normalizer", "Load it with transformers; or set it to null and normalise the text yourself")
+    _need(d.get("normalizer") in (None, dict(type="Sequence", normalizers=[])), "the file normalises text before it is cut", f"{path} normalizer", "Load it with transformers; or set it to null and normalise the text yourself")
     patterns, specials, vocab = read_patterns(d.get("pre_tokenizer"), str(path)), _special_tokens(d, str(path)), model.get("vocab")
     if isinstance(vocab, dict):
         for token, i in specials.items(): _need(vocab.get(token, i) == i, f"{token} has two ids, {vocab.get(token)} and {i}", f"{path} added_tokens")

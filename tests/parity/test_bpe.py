@@ -8,9 +8,10 @@ import unicodedata
 from collections import Counter
 
 import pytest
+import regex
 import torch
 from hypothesis import given, settings, strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from llmbench.text.bpe import BPE, SPECIALS
 from llmbench.text.merges import GPT2_PATTERN, PATTERN, PairIndex, apply_merges, byte_alphabet, merge_steps, split_text, to_bytes, train_bpe
@@ -126,7 +127,7 @@ CUTS = dict(
 @pytest.mark.parametrize("name", CUTS)
 def test_files_of_the_library_are_read(tmp_path, name):
     theirs, settings = rust()
-    theirs.pre_tokenizer = CUTS[name]
+    theirs.pre_tokenizer, theirs.normalizer = CUTS[name], normalizers.Sequence([])  # DeepSeek's file has this idle normaliser
     theirs.train_from_iterator(HARD*2, trainers.BpeTrainer(vocab_size=500, **settings))
     theirs.save(str(tmp_path/"tokenizer.json"))
     ours = BPE.load(tmp_path)
@@ -159,6 +160,27 @@ def test_characters_are_cut_as_the_library_cuts_them():
             if ours != theirs:
                 k = next(k for k, (a, b) in enumerate(zip(ours, theirs)) if a != b)
                 raise AssertionError(f"{ours[k-1:k+2]!r} against {theirs[k-1:k+2]!r}")
+
+
+def test_cuts_by_hand():
+    cases = {"It's they're we've I'll he'd I'm can't o'clock": ["It", "'s", " they", "'re", " we", "'ve", " I", "'ll", " he", "'d", " I", "'m", " can", "'t", " o", "'", "clock"],
+             "in 1984, 12": ["in", " ", "1", "9", "8", "4", ",", " ", "1", "2"],
+             "王芳's 云村abc中": ["王", "芳", "'s", " ", "云", "村", "abc", "中"],
+             "naïve  ñandú\n\n x": ["naïve", " ", " ñandú", "\n\n", " x"],
+             "end. \t": ["end", ".", " \t"], " ...!? かな カナ 한국어": [" ...!?", " かな", " カナ", " 한국어"], "½x": ["½", "x"]}
+    for text, chunks in cases.items(): assert split_text(text) == chunks
+
+
+def test_gpt2s_cuts_are_the_librarys_own():
+    named, letters = pre_tokenizers.ByteLevel(add_prefix_space=False), byte_alphabet()
+    for text in [*HARD, "It's they're we've I'll he'd I'm can't o'clock", "in 1984, 12  x"]:
+        assert ["".join(letters[b] for b in chunk.encode()) for chunk in split_text(text, (GPT2_PATTERN,))] == [name for name, _ in named.pre_tokenize_str(text)]
+
+
+@given(st.text(st.characters(exclude_categories=["Nd", "Nl", "No", "Cs", "Cn"]).filter(lambda c: not regex.match(r"\p{Han}|\p{N}", c)) | st.sampled_from(" '\nst")))
+@settings(deadline=None)
+def test_our_cuts_are_gpt2s_where_there_is_no_han_and_no_digit(text):
+    assert split_text(text) == split_text(text, (GPT2_PATTERN,))
 
 
 @pytest.mark.parametrize("alphabet", ["a", "ab", "aab", "abc", "我你", "aé1 ", "ab ab'"])
