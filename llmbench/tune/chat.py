@@ -131,7 +131,7 @@ def render(self:ChatTemplate,
         mask += map(int, counts)
     return ids, mask
 
-# %% ../../nbs/4_tune/40_chat.ipynb #a4d32cf8
+# %% ../../nbs/4_tune/40_chat.ipynb #a1367e46
 @patch
 def save(self:ChatTemplate,
     folder:str|Path, # beside the model
@@ -146,6 +146,7 @@ def save(self:ChatTemplate,
     write_whole(folder/"chat_template.jinja", self.template)
     return folder
 
+# %% ../../nbs/4_tune/40_chat.ipynb #eac9adfe
 @patch(cls_method=True)
 def load(cls:ChatTemplate,
     folder:str|Path, # holds tokenizer.json, and chat_template.jinja or tokenizer_config.json
@@ -164,10 +165,11 @@ def load(cls:ChatTemplate,
     if not isinstance(template, str): raise UserError("no chat template", str(folder), "Expected chat_template.jinja, or the field chat_template of tokenizer_config.json")
     return cls(tokenizer, template, f"{place} field chat_template", variables)
 
-# %% ../../nbs/4_tune/40_chat.ipynb #a45c9b43
+# %% ../../nbs/4_tune/40_chat.ipynb #96608664
 SAMPLE = [dict(role="user", content="Who lives here?"), dict(role="assistant", content="Ann does."),
           dict(role="user", content="Since when?"), dict(role="assistant", content="Since May.")]
 
+# %% ../../nbs/4_tune/40_chat.ipynb #6803f038
 def _turn_faults(template, messages, tools, i, ids):
     "What is wrong with the answer in message `i`"
     special, here = template.tokenizer.special_ids, f"message {i+1}"

@@ -169,7 +169,7 @@ def _filled(messages, slots, where):
         return text
     return [m | {"content": fill(m["content"])} for m in messages]
 
-# %% ../../nbs/4_tune/40a_formats.ipynb #bae89d68
+# %% ../../nbs/4_tune/40a_formats.ipynb #cb3ab7ed
 def conversations_of(
     row:dict,                # one row of a file
     where:str="row",         # its place, for messages
@@ -178,7 +178,7 @@ def conversations_of(
 )->list[Conversation]:       # one; several when a row nests instances
     "A row as conversations in OpenAI's shape, checked; UserError names the field"
     format = format or format_of(row)
-    if format is None: raise UserError(f"no known fields, only: {', '.join(map(str, row)) or 'none'}", where, KNOWN)
+    if format is None: raise UserError(f"no known fields, only: {', '.join(map(str, row)) or 'none'}", where, "A table names its fields in the first line. "*bool(re.search(r"\.[ct]sv", where)) + KNOWN)
     if format not in FORMATS: raise UserError(f"unknown format {format!r}", where, f"Known: {', '.join(FORMATS)}")
     tools, out = _tools(row, where), []
     for ask in FORMATS[format](row, where):
