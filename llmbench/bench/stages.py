@@ -173,7 +173,7 @@ def tune(
     template.save(folder/"model")
     return dict(account=str(account), rows=len(rows), **last_step(folder))
 
-# %% ../../nbs/8_bench/83_stages.ipynb #2445ee15
+# %% ../../nbs/8_bench/83_stages.ipynb #007341a5
 def score_town(
     model,           # a Transformer
     template,        # its ChatTemplate
@@ -188,18 +188,18 @@ def score_town(
             asked = world.questions(lang, split)
             chance = chance_level([q.answer for q in asked], [q.attribute for q in asked]) if split != "unknown" else None
             answers = ask(model, template, [q.text for q in asked], 16, 128)
-            marks = [world.grade(q, answer) for q, answer in zip(asked, answers)]
-            found.append(score(marks, f"{split} {lang}", chance, groups=[q.person for q in asked]))
+            found.append(score(answers, asked, lambda answer, q: world.grade(q, answer), f"{split} {lang}", chance, [q.person for q in asked]))
     return found
 
-# %% ../../nbs/8_bench/83_stages.ipynb #2b6ec87f
+# %% ../../nbs/8_bench/83_stages.ipynb #03bd3302
 def score_rows(
     model,        # a Transformer
     rows:list,    # (ids, mask)
     task:str,     # a name
     chance:float, # nats per token of uniform guessing: log V
 )->Scores:        # nats per counted token, bootstrap interval over rows
-    "How surprised the model is by what the mask counts"
+    "How surprised the model is by what the mask counts; UserError for a single row, which has no spread"
+    if len(rows) < 2: raise UserError(f"{len(rows)} row is too little to score", where=task, mend="Hold out more: raise --valid, or give more text")
     nats, counts = [], []
     for i in range(0, len(rows), 16):
         batch = pad(rows[i:i + 16])
@@ -251,7 +251,7 @@ def samples_of(
         for row, answer in zip(rows, ask(model, template, [first_prompt(c) for c in some], new) if some else []): row[name] = answer
     return rows
 
-# %% ../../nbs/8_bench/83_stages.ipynb #8fcb8445
+# %% ../../nbs/8_bench/83_stages.ipynb #ad3bcf5f
 def judge(
     folder:Path,   # gets scores.json and samples.json
     data:Path,     # the folder that `collect` filled
@@ -269,9 +269,9 @@ def judge(
         if source.town: told = score_town(model, template, source.people, seed)
         else:
             rows, _ = rows_of(held, template, model.config.max_length)
-            told = [score_chat(model, template, held)] if rows else []
+            told = [score_chat(model, template, held)] if len(rows) > 1 else []
         scores += [dict(vars(t), model=name, unit="exact answers" if source.town else "nats/token") for t in told]
-        scores.append(dict(vars(score_text(model, template, texts)), model=name, unit="nats/token"))
+        if sum(map(len, texts)) > 4*model.config.max_length: scores.append(dict(vars(score_text(model, template, texts)), model=name, unit="nats/token"))
     samples = samples_of(loaded, template, _town_samples(World(seed, source.people)) if source.town else held)
     write_json(folder/"scores.json", scores)
     write_json(folder/"samples.json", samples)

@@ -104,10 +104,10 @@ def test_chat_and_eval_use_the_run(finished):
 def test_own_files(tmp_path):
     (tmp_path/"text").mkdir()
     for i in range(12): (tmp_path/"text"/f"{i}.txt").write_text(f"Chapter {i}. " + "The boat came in at dawn, and nobody was on it. 船在黎明时靠岸。 "*(i + 3))
-    rows = [dict(instruction=f"Say {w}", input="", output=f"{w}!") for w in "one two three four five six seven eight nine ten".split()]
+    rows = [dict(instruction=f"Say {w}", input="", output=f"{w}!") for w in "one two three four five six seven eight nine ten apple boat cat dog ear fig gate hat ink jar".split()]
     (tmp_path/"chat.json").write_text(json.dumps(rows))
     small = [a for a in SMALL if a not in ("--people", "6")]
-    done = llmbench("run", "--text", tmp_path/"text", "--chat", tmp_path/"chat.json", "--folder", tmp_path/"runs", *small, "--valid", "0.2")
+    done = llmbench("run", "--text", tmp_path/"text", "--chat", tmp_path/"chat.json", "--folder", tmp_path/"runs", *small, "--valid", "0.3")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "held-out answers" in (tmp_path/"runs"/"own"/"report.html").read_text()
 

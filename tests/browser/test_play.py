@@ -1,0 +1,81 @@
+"The course's widgets in a real JupyterLab: by keyboard, by mouse, and no error swallowed"
+import time
+
+CASES = ["from llmbench.play.text import tokenizer_explorer, merge_explorer\npanel = tokenizer_explorer()\npanel", "panel2 = merge_explorer()\npanel2"]
+MODEL = ["from llmbench.play.model import attention_explorer, rope_explorer, sampling_explorer\nattention = attention_explorer()\nattention",
+         "turns = rope_explorer()\nturns", "sampler = sampling_explorer()\nsampler"]
+TUNE = ["from llmbench.play.tune import chat_panel, mask_explorer\nmasks = mask_explorer()\nmasks", "talk = chat_panel()\ntalk"]
+TRAIN = ["from llmbench.play.train import learning_rate_explorer\nlive = learning_rate_explorer()\nlive"]
+
+
+def wait(condition, seconds=20):
+    "Until `condition()` holds"
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline, f"waited {seconds} s in vain"
+        time.sleep(.2)
+
+
+def test_tokenizer_explorer(lab):
+    page = lab.open(CASES).run_all()
+    panel = page.panel(0)
+    before = panel.picture()
+    with panel.changes(): panel.choose("sample", "中文")
+    assert "林月" in page.python("panel.values['text']")
+    with panel.changes(): panel.drag("merges", 0.)
+    assert page.python("panel.values['merges']") == "0"
+    with panel.changes(): panel.press("merges", "ArrowRight", times=3)
+    with panel.changes(): panel.type("text", "🐈 says 你好")
+    assert panel.picture() != before
+    merge = page.panel(1)
+    with merge.changes(): merge.drag("step", 0.)
+    with merge.changes(): merge.press("step", "ArrowRight", times=2)
+    page.screenshot("play-text")
+    page.theme("dark")
+    page.screenshot("play-text-dark")
+    assert page.errors() == []
+
+
+def test_attention_rope_and_sampling_explorers(lab):
+    page = lab.open(MODEL).run_all()
+    attention, turns, sampler = (page.panel(i) for i in range(3))
+    with attention.changes(): attention.press("layer", "ArrowRight")
+    with attention.changes(): attention.drag("head", 1.)
+    with attention.changes(): attention.type("text", " 林月住在")
+    with turns.changes(): turns.drag("log10 of base", 1.)
+    with turns.changes(): turns.press("linear scaling", "ArrowRight", times=4)
+    with sampler.changes(): sampler.drag("temperature", 1.)
+    with sampler.changes(): sampler.press("top-k (0: off)", "ArrowRight", times=3)
+    assert page.python("sampler.values['top_k']") == "3"
+    page.screenshot("play-model")
+    page.theme("dark")
+    page.screenshot("play-model-dark")
+    assert page.errors() == []
+
+
+def test_mask_explorer_and_chat(lab):
+    page = lab.open(TUNE).run_all()
+    masks, talk = page.panel(0), page.panel(1)
+    with masks.changes(): masks.drag("length (tokens)", .08)
+    with masks.changes(): masks.press("count everything (no mask)", "Space")
+    masks.type("row", '{"instruction": "Say hi"}')
+    wait(lambda: page.python("masks.error is not None") == "True")
+    assert "output" in page.python("str(masks.error)")
+    masks.type("row", '{"instruction": "Say hi", "output": "hi"}')
+    wait(lambda: page.python("masks.error is None") == "True")
+    with talk.changes(): talk.click("Run")
+    wait(lambda: page.python("talk._busy()") == "False", 30)
+    assert page.python("bool(talk.records)") == "True"
+    page.screenshot("play-tune")
+    assert page.errors() == []
+
+
+def test_live_training(lab):
+    page = lab.open(TRAIN).run_all()
+    live = page.panel(0)
+    live.press("steps", "Home")
+    with live.changes(20): live.click("Run")
+    wait(lambda: page.python("live._busy()") == "False", 60)
+    assert page.python("len(live.records)") == "20"
+    page.screenshot("play-train")
+    assert page.errors() == []
