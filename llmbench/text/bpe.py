@@ -57,7 +57,7 @@ class BPE:
     def __reduce__(self): return BPE, (self.vocab, self.merges, self.special_ids, self.patterns, self.ignore_merges)
     def __repr__(self): return f"BPE({self.vocab_size} tokens, {len(self.special_ids)} of them special)"
 
-# %% ../../nbs/1_text/12_bpe.ipynb #eb2bb666
+# %% ../../nbs/1_text/12_bpe.ipynb #338bbbea
 def check_specials(
     specials:Iterable[str], # names of special tokens
     pattern:str,            # how text is cut
@@ -70,6 +70,7 @@ def check_specials(
             raise UserError(f"{token!r} could also be a piece of text", where="specials", mend=f"Choose a name that text is cut in, such as <|{token}|>")
     return specials
 
+# %% ../../nbs/1_text/12_bpe.ipynb #8ced320b
 @patch(cls_method=True)
 def train(cls:BPE,
     texts:str|Iterable[str],         # documents

@@ -78,7 +78,7 @@ def check_vocab(
         _need(not missing, f"{missing and missing[0]!r} is not in the vocabulary", f"{where} merges[{k}]", "Do vocabulary and merges come from the same tokenizer?")
     return pairs
 
-# %% ../../nbs/1_text/12a_tokenizer_file.ipynb #16d8ebd6
+# %% ../../nbs/1_text/12a_tokenizer_file.ipynb #93551688
 def check_pattern(
     pattern:str, # a regular expression
     where:str,   # the field that it came from, for messages
@@ -89,6 +89,7 @@ def check_pattern(
     except regex.error as e: raise UserError(f"the pattern {pattern!r} cannot be read: {e}", where=where) from e
     return pattern
 
+# %% ../../nbs/1_text/12a_tokenizer_file.ipynb #e339070e
 def _step_patterns(step, last, where):
     "The patterns of one step, none or one"
     kind, pattern = step.get("type"), step.get("pattern") or {}
