@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['written', 'check_pair_counts', 'check_merge', 'check_prompt', 'check_stream', 'check_token_counts',
            'check_token_text', 'check_token_exam', 'check_attend', 'check_positions', 'check_boundaries', 'check_split',
-           'check_record']
+           'check_record', 'check_grader']
 
 # %% ../../nbs/1_text/19_practice.ipynb #4015b031
 from ..text.bpe import BPE
@@ -180,7 +180,7 @@ def check_boundaries(
 import json
 from ..core import UserError
 
-# %% ../../nbs/1_text/19_practice.ipynb #986cf8f5
+# %% ../../nbs/1_text/19_practice.ipynb #83b7abcb
 def _names(code):
     "Every global name that a function uses, inner functions included"
     return {n for c in [code] if c for n in (*c.co_names, *(n for k in c.co_consts if hasattr(k, "co_names") for n in _names(k)))}
@@ -220,3 +220,16 @@ def check_record(
     assert "town.jsonl line 8" in message, "the message should say where: pass `where` on"
     assert "question" in message and "answer" in message, "the message should list the fields that are there"
     return "Right, and a user with a wrong file will know why"
+
+# %% ../../nbs/1_text/19_practice.ipynb #8a56f4ad
+def check_grader(
+    answer, # the learner's function of (right, answer)
+)->str:     # what was right, or an AssertionError that says what was not
+    "Check a grader for one-word answers on decent and on fooling ones"
+    for text in ("baker", "Baker.", "A baker.", "She is a baker!", "It is the baker."):
+        assert written(answer, "baker", text), f"{text!r} is a decent answer, but it was rejected"
+    for text in ("A baker or a smith.", "Not a baker.", "baker, smith, tailor, doctor", "Is it a baker?", "bakery", "Maybe a baker.", "Hardly a baker.", "baker/smith", "She was never a baker.",
+                 "baker baker", "anything but a baker", ""):
+        assert not answer("baker", text), f"{text!r} passes: say what may stand beside the answer, rather than what may not"
+    assert not answer("smith", "She is a baker."), "a wrong word passes: is the right one written into your grader?"
+    return "Right: a list of allowed words has no gaps"
