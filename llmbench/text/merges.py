@@ -147,7 +147,7 @@ def merge_steps(
         steps.append(ids)
     return steps
 
-# %% ../../nbs/1_text/11b_merges.ipynb #f0a82529
+# %% ../../nbs/1_text/11b_merges.ipynb #b9a548a0
 def apply_merges(
     ids:Iterable[int], # the bytes' ids of one chunk
     ranks:dict,        # (id, id) -> (rank, merged id)
@@ -160,7 +160,7 @@ def apply_merges(
     while heap:
         merge, i = heappop(heap)
         j = after[i]
-        if j >= len(ids) or ranks.get((ids[i], ids[j])) != merge: continue  # a neighbour has been merged away
+        if ranks.get((ids[i], ids[j])) != merge: continue  # a neighbour has been merged away
         k = after[j]
         ids[i], ids[j], after[i], before[k] = merge[1], None, k, i
         for left, right in ((before[i], i), (i, k)):
