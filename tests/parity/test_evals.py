@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from llmbench.model.transformer import Config, Transformer
 from llmbench.text.bpe import BPE
 from llmbench.tune.chat import ChatTemplate
-from llmbench.use.evals import (ask, choice_accuracy, choice_logps, classification, exact_match, normalise, score, squad_tokens, text_logps,
+from llmbench.use.evals import (ask, choice_accuracy, choice_logps, classification, exact_match, normalise, score, squad_tokens, sum_up, text_logps,
                                 text_score, token_f1)
 
 ASCII_PUNCTUATION = set(string.punctuation)
@@ -296,3 +296,5 @@ def test_score_twice_is_one_number(pair):
     assert score(first, golds).correct == 2
     assert score(["red cat", "dog"], ["red dog", "dog"], grade=token_f1).accuracy == .75
     assert score(["x", "y"], [1, 2], grade=lambda answer, gold: (answer, gold) == ("y", 2)).correct == 1
+    marks, facts = ["a", "a", "b", "b", "a", "a"], list("xxyyzz")
+    assert score(marks, ["a"]*6, groups=facts, level=.8, task="q", chance=.5) == sum_up([1, 1, 0, 0, 1, 1], "q", .5, facts, .8) != sum_up([1, 1, 0, 0, 1, 1], "q", .5, None, .8)
