@@ -13,14 +13,14 @@ from torch import Tensor
 
 from ..core import UserError
 
-# %% ../../nbs/2_model/20a_rope.ipynb #658677c2
+# %% ../../nbs/2_model/20a_rope.ipynb #30ea8b7d
 SCALINGS = dict(default=(), linear=("factor",), ntk=("factor",), dynamic=("factor", "original_max_position_embeddings"),
                 llama3=("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
 
 def read_scaling(
     scaling:dict|None,   # in transformers' words: rope_type and its numbers
 )->tuple[str,list]:      # the kind, and its numbers in the order of SCALINGS
-    "The kind of scaling and its numbers; UserError for an unknown kind, or a number that is absent or not positive"
+    "The kind of scaling and its numbers; UserError for an unknown kind, and for a number that is absent or makes no sense"
     scaling = scaling or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in SCALINGS: raise UserError(f"RoPE scaling {kind!r} is not known", "rope_scaling", f"Known are {', '.join(SCALINGS)}")
@@ -28,9 +28,11 @@ def read_scaling(
         value = scaling.get(name)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
             raise UserError(f"RoPE scaling {kind!r} needs a positive number, found {value!r}", f"rope_scaling.{name}")
+    if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
+        raise UserError("high_freq_factor must be above low_freq_factor", "rope_scaling.high_freq_factor")
     return kind, [scaling[name] for name in SCALINGS[kind]]
 
-# %% ../../nbs/2_model/20a_rope.ipynb #c44f1a7b
+# %% ../../nbs/2_model/20a_rope.ipynb #f382e830
 def rope_frequencies(
     head_width:int,         # D, even
     base:float=10000.,      # wavelengths run from 2 pi to almost 2 pi base tokens
@@ -38,6 +40,7 @@ def rope_frequencies(
     length:int=0,           # tokens in the text at hand; only "dynamic" looks at it
 )->Tensor:                  # (D/2,) fp32, radians per token, fastest first
     "How fast each pair turns: arXiv:2104.09864, section 3.2.2, and transformers' ways to stretch it"
+    if head_width % 2: raise ValueError(f"rope_frequencies: pairs turn, and a head width of {head_width} is odd")
     kind, numbers = read_scaling(scaling)
     if kind in ("ntk", "dynamic"):
         factor = numbers[0]
