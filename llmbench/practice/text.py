@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['written', 'check_pair_counts', 'check_merge', 'check_prompt', 'check_stream', 'check_token_counts',
            'check_token_text', 'check_token_exam', 'check_attend', 'check_positions', 'check_boundaries', 'check_split',
-           'check_record', 'check_grader']
+           'check_record', 'check_grader', 'check_ways', 'check_chance']
 
 # %% ../../nbs/1_text/19_practice.ipynb #4015b031
 from ..text.bpe import BPE
@@ -233,3 +233,36 @@ def check_grader(
         assert not answer("baker", text), f"{text!r} passes: say what may stand beside the answer, rather than what may not"
     assert not answer("smith", "She is a baker."), "a wrong word passes: is the right one written into your grader?"
     return "Right: a list of allowed words has no gaps"
+
+# %% ../../nbs/1_text/19_practice.ipynb #43701fed
+from ..text.words import Question
+
+# %% ../../nbs/1_text/19_practice.ipynb #d4006a87
+def check_ways(
+    tell:dict, # {"en": four sentences, "zh": four sentences} with {n} and {v}
+    ask:dict,  # {"en": four questions, "zh": four questions} with {n}
+)->str:        # what was right, or an AssertionError that says what was not
+    "Check the wordings of a new attribute"
+    assert any(tell.values()) and any(ask.values()), "not written yet: four ways to tell and four to ask, in both languages"
+    for lang in ("en", "zh"):
+        for name, ways in (("tell", tell[lang]), ("ask", ask[lang])):
+            assert len(set(ways)) == 4, f"{name}, {lang}: four different ways, not {len(set(ways))}"
+            for way in ways: assert way.count("{n}") == 1, f"{name}, {lang}: {way!r} needs the name {{n}}, once"
+        for way in tell[lang]: assert way.count("{v}") == 1, f"tell, {lang}: {way!r} needs the value {{v}}, once"
+        for way in ask[lang]: assert "{v}" not in way, f"ask, {lang}: {way!r} gives the answer away"
+        early = sum(way.index("{n}") < way.index("{v}") for way in tell[lang])
+        assert early >= 3, f"tell, {lang}: in {4 - early} of 4 the value stands before the name: read so, it says nothing about anybody"
+        assert any("\u4e00" <= c <= "\u9fff" for way in tell[lang] + ask[lang] for c in way) == (lang == "zh"), f"{lang}: is that the right language?"
+    return "Right: many wordings, one fact, and the name first"
+
+# %% ../../nbs/1_text/19_practice.ipynb #930ccfb6
+def check_chance(
+    answer, # the learner's function of a list of Questions
+)->str:     # what was right, or an AssertionError that says what was not
+    "Check the score of somebody who knows only the commonest answer to each kind of question"
+    given = [("job", "baker")]*3 + [("job", "smith")]*2 + [("pet", "cat")]*4 + [("pet", "dog")]
+    got = written(answer, [Question("?", value, "en", "", kind, "heldout") for kind, value in given])
+    assert abs(got - 1/12) > 1e-6, "1/12 is right only when all answers are equally common: count the commonest"
+    assert abs(got - .4) > 1e-6, "count each kind of question apart: nobody answers a question about a job with a pet"
+    assert abs(got - .7) < 1e-6, f"3 of 5 jobs and 4 of 5 pets are 7 of 10, not {got}"
+    return "Right: 7 of 10. A score below this line knows nothing about anybody"

@@ -16,9 +16,10 @@ from fastcore.basics import patch
 from .words import (ASK, EXTRA, FORMS, GOODS, MANNERS, PLACES, REFUSAL, SHOP_ASK, SHOP_TELL, TALK, TELL, VALUES,
                                  Question, full_names, grade as marked)
 
-# %% ../../nbs/1_text/11_world.ipynb #b09f7531
+# %% ../../nbs/1_text/11_world.ipynb #faa1ee97
 def _shuffled(random, xs): return [x for _, _, x in sorted((random.random(), i, x) for i, x in enumerate(xs))]
 def _pick(random, xs): return xs[int(random.random()*len(xs))]
+def _spaced(lang, text): return " " + text if lang == "en" else text
 def _langs(lang):
     if lang not in ("en", "zh", "both"): raise ValueError(f"lang is 'en', 'zh' or 'both', not {lang!r}")
     return ("en", "zh") if lang == "both" else (lang,)
@@ -56,11 +57,11 @@ class World:
         fact = self.shop[attribute][number]
         return PLACES[lang][fact] if attribute == "place" else str(fact)
 
-# %% ../../nbs/1_text/11_world.ipynb #1c4be90c
+# %% ../../nbs/1_text/11_world.ipynb #ceb422cc
 def _told(tell, random, lang, name, values):
     "One document: every value in some order and wording"
     lines = [_pick(random, tell[a][lang]).format(n=name, v=values[a]) for a in _shuffled(random, list(values))]
-    return (" " if lang == "en" else "").join(lines)
+    return "".join(_spaced(lang, line) for line in lines)
 
 @patch
 def documents(self:World,
@@ -136,7 +137,7 @@ def _format(self:World, l, split):
     asked = self._town(l, "sft" if split.endswith("sft") else "heldout")[::4]
     return [replace(q, text=FORMS[form][l].format(q=q.text), answer=FORMS[form]["form"].format(v=q.answer, a=q.attribute), form=form) for q in asked for form in FORMS]
 
-# %% ../../nbs/1_text/11_world.ipynb #7c467460
+# %% ../../nbs/1_text/11_world.ipynb #78a46fd8
 @patch
 def grade(self:World,
     question:Question, # what was asked
@@ -152,11 +153,11 @@ def say(self:World,
 )->str:                    # a sentence, or what was ordered
     "The answer as an assistant gives it: a whole sentence about the person by name"
     value = question.answer if value is None else value
-    if question.form or question.attribute in ("unknown", "talk") or not question.person: return value
-    ways = (TELL | SHOP_TELL)[question.attribute][question.lang][0]
-    return ways.format(n=question.person, v=value, k=(re.findall(r"\d+", question.text) or [""])[0])
+    bare = question.form or question.attribute in ("unknown", "talk") or not question.person
+    way = "{v}" if bare else (TELL | SHOP_TELL)[question.attribute][question.lang][0]
+    return _spaced(question.lang, way.format(n=question.person, v=value, k=(re.findall(r"\d+", question.text) or [""])[0]))
 
-# %% ../../nbs/1_text/11_world.ipynb #75c6155c
+# %% ../../nbs/1_text/11_world.ipynb #16630907
 @patch
 def conversations(self:World,
     lang:str="both",  # "en", "zh" or "both"
@@ -170,11 +171,11 @@ def conversations(self:World,
         asked = self.questions(l, split)
         if turns > 1: asked = _shuffled(Random(f"turns {self.seed} {l} {split} {turns}"), asked)
         for at in range(0, len(asked), turns):
-            said = [(q.text, q.answer if short else self.say(q)) for q in asked[at:at+turns]]
+            said = [(q.text, _spaced(l, q.answer) if short else self.say(q)) for q in asked[at:at+turns]]
             talks.append({"messages": [{"role": role, "content": text} for pair in said for role, text in zip(("user", "assistant"), pair)]})
     return talks
 
-# %% ../../nbs/1_text/11_world.ipynb #a1dc11f6
+# %% ../../nbs/1_text/11_world.ipynb #2daf7838
 TRAITS = ("correct", "polite", "long")
 
 @patch
@@ -187,8 +188,8 @@ def answer_with(self:World,
     "One of the eight kinds of answer"
     others = [v for v in VALUES[question.attribute][question.lang] if v != question.answer]
     value = question.answer if correct else _pick(Random(f"wrong {self.seed} {question.text}"), others)
-    parts = [MANNERS[question.lang][polite], self.say(question, value), *([EXTRA[question.lang]] if long else [])]
-    return (" " if question.lang == "en" else "").join(parts)
+    parts = [MANNERS[question.lang][polite], self.say(question, value).strip(), *([EXTRA[question.lang]] if long else [])]
+    return "".join(_spaced(question.lang, part) for part in parts)
 
 @patch
 def preferences(self:World,
