@@ -235,8 +235,8 @@ def do_lab(
 )->int:                 # exit code of JupyterLab
     "Start JupyterLab and wait for it"
     root = course_folder()
-    arguments = [sys.executable, "-m", "jupyter", "lab", "nbs/start.ipynb", f"--ServerApp.port={command.port}"] + ([] if command.browser else ["--no-browser"])
-    return subprocess.call(arguments, cwd=root, env={**os.environ, "JUPYTER_CONFIG_DIR": str(root/".jupyter")})
+    arguments = [sys.executable, "-m", "jupyter", "lab", f"--ServerApp.port={command.port}"] + ([] if command.browser else ["--no-browser"])
+    return subprocess.call(arguments, cwd=root, env={**os.environ, "JUPYTER_CONFIG_PATH": str(root/".jupyter")})
 
 @dataclass(frozen=True)
 class DoctorCommand:

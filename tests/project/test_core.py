@@ -142,7 +142,7 @@ def test_write_whole(tmp_path):
     assert path.read_bytes() == "云\ud83d\n".encode("utf-8", "surrogatepass") and stat.S_IMODE(path.stat().st_mode) == 0o644
     write_whole(path, b"\x00\xff")
     assert path.read_bytes() == b"\x00\xff" and os.listdir(path.parent) == ["b.txt"]
-    write_whole(tmp_path/("n"*200), "long names too")
+    write_whole(tmp_path/("n"*250), "long names too")
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
