@@ -192,13 +192,14 @@ def conversations_of(
         out[-1].where = where
     return out
 
-# %% ../../nbs/4_tune/40a_formats.ipynb #1ecf4e22
+# %% ../../nbs/4_tune/40a_formats.ipynb #43d2fa27
 def _bytes(path):
     "The bytes of a file, unpacked when they are packed"
-    if path.is_dir():
-        inside = [f.name for f in sorted(path.iterdir()) if re.search(r"\.(jsonl?|csv|tsv|parquet)(\.gz)?$", f.name)]
-        raise UserError("this is a folder, not a file", str(path), f"Name one file in it: {', '.join(inside[:5]) or 'it holds no .json, .jsonl, .csv or .parquet'}")
-    try: data = path.read_bytes()
+    try:
+        if not path.is_dir(): data = path.read_bytes()
+        else:
+            inside = [f.name for f in sorted(path.iterdir()) if re.search(r"\.(jsonl?|csv|tsv|parquet)(\.gz)?$", f.name)]
+            raise UserError("this is a folder, not a file", str(path), f"Name one file in it: {', '.join(inside[:5]) or 'it holds no .json, .jsonl, .csv or .parquet'}")
     except OSError as e: raise UserError(f"cannot read: {e.strerror}", str(path), "Check the name and your permission") from e
     try: return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
     except (EOFError, zlib.error, gzip.BadGzipFile) as e: raise UserError(f"broken gzip: {e}", str(path), "Was the download cut off? Fetch it again") from e
