@@ -105,8 +105,8 @@ def plain(
     for american, british in (("color", "colour"), ("favorite", "favourite"), ("gray", "grey")): text = text.replace(american, british)
     return " ".join(text.split())
 
-# %% ../../nbs/1_text/11a_words.ipynb #2639dc23
-POLITE = {"en": "please sure certainly of course with pleasure thanks thank you welcome the a an answer is it it's that that's this she he they her his their in to help my happy by".split(),
+# %% ../../nbs/1_text/11a_words.ipynb #4d7ac75d
+POLITE = {"en": "please sure certainly of course with pleasure thanks thank you are welcome the a an answer is it it's that that's this she he they her his their in to help my happy by".split(),
           "zh": "好的 当然 请 谢谢 谢谢您 谢谢你 不客气 答案 答案是 回答 是 在 的 他 她 它 一名 一只 一个 很乐意帮忙".split()}
 
 @lru_cache
@@ -119,7 +119,7 @@ def harmless(
     pieces = {plain(piece) for way in said for piece in re.split(r"\{.\}(?:'s)?|[.!,。！，]", way) if piece.strip()}
     return frozenset(POLITE[lang]) | (pieces if lang == "zh" else {word for piece in pieces for word in piece.split()})
 
-# %% ../../nbs/1_text/11a_words.ipynb #aad99c2b
+# %% ../../nbs/1_text/11a_words.ipynb #9914968b
 _PUNCTUATION = " .,!;:\"'()*`。、《》「」“”‘-"
 
 _NUMBER = r"-?\d+(?:[.,]\d+)*"
@@ -134,7 +134,7 @@ def _around(question, answer):
     "The words of an answer without the name; a sum that repeats the question loses what it repeats"
     text = re.sub(rf"{re.escape(plain(question.person))}('s)?(?![a-z])", " ", plain(answer)) if question.person else plain(answer)
     if repeated := re.match(r"(\d+) ?([-+*x×]) ?(\d+) ?=", text):
-        if re.findall(r"\d+", question.text) == [repeated[1], repeated[3]]: text = text[repeated.end():]
+        if "".join(repeated.groups()) in question.text.replace(" ", ""): text = text[repeated.end():]
     if asked := re.search(r"\d+(?= of the|件)", question.text): text = re.sub(rf"(?<!\d){asked[0]}(?= of the|件)", " ", text)
     return [word for word in _words(text, question) if word not in _PUNCTUATION]
 
