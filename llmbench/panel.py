@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from .show import COLOURS, Picture, png
 
-# %% ../nbs/02_panel.ipynb #8f644a82
+# %% ../nbs/02_panel.ipynb #efadac8e
 class Panel:
     "Controls and what `draw` makes of them; a panel shows itself in a notebook, and as a picture where nothing runs"
     def __init__(self,
@@ -28,12 +28,11 @@ class Panel:
         self.figure = None if html else Picture(figsize=size, layout="constrained")
         self.records, self.error = [], None
         self._lock, self._muted, self._thread, self._stopping, self._places = threading.RLock(), False, None, False, None
+        self._slow = 0
         self._lay_out(size)
-        started = time.perf_counter()
         self.redraw()
-        if time.perf_counter() - started > .4: self._follow_less()
 
-# %% ../nbs/02_panel.ipynb #cbc2f8d6
+# %% ../nbs/02_panel.ipynb #24c38da8
 @patch
 def _lay_out(self:Panel,
     size:tuple, # of the figure, in inches
@@ -54,6 +53,7 @@ def _lay_out(self:Panel,
     if self.run: rows.append(widgets.HBox([self.button, self.status]))
     self.widget = widgets.VBox([*rows, self.box, self.picture]).add_class("llmbench-panel")
 
+# %% ../nbs/02_panel.ipynb #cf8f3428
 @patch
 def _follow_less(self:Panel)->None:
     "A slow picture is drawn when the slider is let go, not on the way"
@@ -85,7 +85,7 @@ def redraw(self:Panel,
     finally: self._muted = False
     return self._show(self.values)
 
-# %% ../nbs/02_panel.ipynb #180f00e0
+# %% ../nbs/02_panel.ipynb #39f75404
 @patch
 def _show(self:Panel,
     values:dict, # by name
@@ -102,10 +102,13 @@ def _show(self:Panel,
 def _moved(self:Panel, change)->None:
     "A person moved a control: draw, and show in the panel what goes wrong"
     if self._muted or self._busy(): return
+    started = time.perf_counter()
     try: self._show(self.values)
     except Exception as e: self._fail(e)
+    self._slow = self._slow + 1 if time.perf_counter() - started > .4 else 0
+    if self._slow == 2: self._follow_less() # once may be chance, or the first use of a font
 
-# %% ../nbs/02_panel.ipynb #5e9962c8
+# %% ../nbs/02_panel.ipynb #902bc83f
 def label_room(
     figure:Figure, # drawn before
 )->list[int]:      # for each axis: the longest tick label that stands across it, and the lines of its name; the lines of each title
@@ -113,13 +116,14 @@ def label_room(
     found = []
     for ax in figure.axes:
         for axis in (ax.xaxis, ax.yaxis):
-            across = [len(t.label1.get_text()) for t in axis.majorTicks if axis is ax.yaxis or t.label1.get_rotation()]
+            across = [len(t.label1.get_text()) for t in (*axis.majorTicks, *axis.minorTicks) if axis is ax.yaxis or t.label1.get_rotation()]
             found += [max(across, default=0), _lines(axis.get_label())]
         found.append(_lines(ax.title))
     return found
 
 def _lines(text): return len(text.get_text().splitlines())
 
+# %% ../nbs/02_panel.ipynb #759b3a22
 @patch
 def _png(self:Panel)->bytes: # the figure as it stands
     "The picture; its axes stay where they were unless their labels have outgrown the place"
@@ -159,7 +163,7 @@ def _fail(self:Panel,
     self.box.value = (f'<div class="llmbench-error" role="alert" style="{style}"><b>{type(e).__name__}</b>: {html.escape(str(e))}'
                       f'<details><summary>Where? (the picture shows what last worked)</summary><pre style="white-space:pre-wrap">{trace}</pre></details></div>')
 
-# %% ../nbs/02_panel.ipynb #69be3e3a
+# %% ../nbs/02_panel.ipynb #946090c0
 @patch
 def _work(self:Panel,
     values:dict, # of the controls when Run was pressed
@@ -167,17 +171,14 @@ def _work(self:Panel,
     "The thread: collect, draw now and then, and close the generator whatever happens"
     started, due, how, work = time.perf_counter(), 0., "done", None
     try:
-        work = self.run(**values)
-        for record in work:
+        for record in (work := self.run(**values)):
             self.records.append(record)
-            now = time.perf_counter()
-            if now > due:
+            if (now := time.perf_counter()) > due:
                 self._show(values)
                 due = time.perf_counter() + max(.3, 9*(time.perf_counter() - now))
                 self.status.value = f"{len(self.records):,} steps, {now - started:.0f} s"
-            if self._stopping:
-                how = "stopped"
-                break
+            if self._stopping: how = "stopped"
+            if self._stopping: break
         self._show(values)
     except Exception as e:
         how = "failed"
@@ -187,7 +188,7 @@ def _work(self:Panel,
         self._rest(True)
         self.status.value = f"{how}: {len(self.records):,} steps, {time.perf_counter() - started:.1f} s"
 
-# %% ../nbs/02_panel.ipynb #e4f2f801
+# %% ../nbs/02_panel.ipynb #d8a4ecc2
 Panel.running = None  # the panel whose run is under way: one at a time in a process
 
 @patch
@@ -209,6 +210,7 @@ def stop(self:Panel,
     if self._busy(): self._thread.join(seconds)
     return not self._busy()
 
+# %% ../nbs/02_panel.ipynb #8745fae0
 @patch
 def _pressed(self:Panel, button)->None:
     "Run or Stop; not waiting, since a callback must not hold the kernel"

@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'INK', 'SERIES', 'CJK', 'BLACK', 'WHITE', 'MARKS', 'BOX', 
            'fonts', 'drawable', 'neutral', 'png', 'svg', 'Picture', 'new_figure', 'readable', 'Html', 'tint',
            'token_ribbon', 'running_mean', 'loss_curves', 'heat_map', 'probability_bars']
 
-# %% ../nbs/01_show.ipynb #b777a181
+# %% ../nbs/01_show.ipynb #6f004673
 import hashlib, html, io, re, warnings
 from functools import lru_cache
 
@@ -19,7 +19,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
-from matplotlib.ticker import FixedFormatter, ScalarFormatter
+from matplotlib.ticker import FixedFormatter, LogLocator, NullFormatter, ScalarFormatter
 from PIL import Image
 
 # %% ../nbs/01_show.ipynb #526a24fa
@@ -65,7 +65,7 @@ def drawable(
     if any("\u3400" <= c <= "\u9fff" for c in missing): _say_once("no Chinese font: labels show code points. Debian, Ubuntu: apt install fonts-noto-cjk")
     return "".join(f"U+{ord(c):04X}" if c in missing else c for c in str(text))
 
-# %% ../nbs/01_show.ipynb #f3f2be95
+# %% ../nbs/01_show.ipynb #da935f47
 BLACK, WHITE = ("black", "k", "#000000"), (1., 1., 1., 1.)
 
 def neutral(
@@ -79,6 +79,7 @@ def neutral(
     for drawn in figure.findobj(lambda artist: isinstance(artist, (Text, Line2D, LineCollection))): _neutral_artist(drawn, names)
     return figure
 
+# %% ../nbs/01_show.ipynb #693af83b
 def _black(colour): return isinstance(colour, str) and colour in BLACK
 
 def _neutral_artist(drawn, names):
@@ -102,7 +103,7 @@ def _neutral_axes(ax, names):
         if side in ("top", "right") and ax.name == "rectilinear" and not ax.images: spine.set_visible(False)
     if ax.get_legend(): ax.get_legend().get_frame().set_alpha(0)
 
-# %% ../nbs/01_show.ipynb #d322e9b7
+# %% ../nbs/01_show.ipynb #357dd85a
 def png(
     figure:Figure, # drawn with or without pyplot
     dpi:float=96,  # dots per inch: 96 is one pixel of an ordinary screen, 192 is sharp on a dense one
@@ -118,6 +119,7 @@ def png(
     image.save(buffer, "png", compress_level=9 if colours else 1)
     return buffer.getvalue()
 
+# %% ../nbs/01_show.ipynb #48bb02bf
 def svg(
     figure:Figure, # drawn with or without pyplot
     title:str="",  # what a screen reader says
@@ -223,13 +225,14 @@ def running_mean(
     count = np.convolve(good, box, "same")
     return np.where(count > 0, np.convolve(np.where(good, ys, 0), box, "same")/np.maximum(count, 1), np.nan)
 
-# %% ../nbs/01_show.ipynb #fda51110
+# %% ../nbs/01_show.ipynb #7e7de2a8
 def _cleared(figure, size=(6.4, 3.)):
     "An empty figure: the given one, or a new one"
     if figure is None: return Picture(figsize=size, layout="constrained")
     figure.clear()
     return figure
 
+# %% ../nbs/01_show.ipynb #7ed78fed
 def loss_curves(
     curves:dict,                    # {name: (xs, ys)}; the names in COLOURS have their own colours
     xlabel:str="step",              # what x is, with unit
@@ -249,14 +252,21 @@ def loss_curves(
         ax.plot(xs, running_mean(ys, smooth) if smooth > 1 and not few else ys, color=colour, label=name, linestyle=next(dashes),
                 marker="o" if few else None, markersize=3.5)
     ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
-    if log: _plain_ticks(ax.yaxis)
+    if not any(len(xs) for xs, _ in curves.values()):
+        ax.set(xticks=[], yticks=[])
+        ax.text(.5, .5, "nothing yet", transform=ax.transAxes, ha="center", va="center")
+    elif log: _plain_ticks(ax)
     if len(curves): ax.legend(frameon=False)
     return figure
 
-def _plain_ticks(axis):
-    "2 and 0.5 instead of powers of ten"
-    for place in (axis.set_major_formatter, axis.set_minor_formatter): place(ScalarFormatter())
-    axis.set_tick_params(which="minor", labelsize=8)
+# %% ../nbs/01_show.ipynb #671db219
+def _plain_ticks(ax):
+    "0.5 and 2 instead of powers of ten, and no more of them than there is room for"
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_formatter("{x:g}")
+    if 8 < high/low < 200: ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    ax.yaxis.set_minor_formatter("{x:g}" if high/low < 200 else NullFormatter())
+    ax.yaxis.set_tick_params(which="minor", labelsize=8)
 
 # %% ../nbs/01_show.ipynb #8c696cd6
 SIGNED = LinearSegmentedColormap.from_list("signed", ["#8a3300", COLOURS["rejected"], "#f2f2f2", COLOURS["chosen"], "#0b2f7a"])

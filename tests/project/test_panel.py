@@ -1,13 +1,14 @@
 "Panels without a browser: what a control, a test and a thread may expect"
 import threading
 import time
+from types import SimpleNamespace
 
 import ipywidgets as widgets
 import pytest
 from PIL import Image
 
 from llmbench.panel import Panel, label_room
-from llmbench.show import Html, loss_curves
+from llmbench.show import Html, loss_curves, new_figure, png
 
 
 def slope(figure, rate, steps=3):
@@ -107,6 +108,16 @@ def test_still_axes_follow_the_number_of_panes_and_rotated_labels():
     assert len(room) == 10 and room[0] == 12
 
 
+def test_small_ticks_need_room_too():
+    figure, ax = new_figure()
+    ax.set_yscale("log")
+    ax.plot([1, 2], [2., 9.])
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:.5f}")
+    png(figure)
+    assert label_room(figure)[2] == len("2.00000")
+
+
 def test_subfigures_are_laid_out_each_time():
     def parts(figure, top):
         left, right = figure.subfigures(1, 2)
@@ -118,9 +129,16 @@ def test_subfigures_are_laid_out_each_time():
     assert panel.figure.axes[0].get_position().x0 > before
 
 
-def test_a_slow_picture_waits_for_the_hand():
-    fast, slow = make(), Panel(lambda figure, x: time.sleep(.45), x=widgets.IntSlider(1))
-    assert fast.controls["rate"].continuous_update and not slow.controls["x"].continuous_update
+def test_a_slow_picture_waits_for_the_hand(monkeypatch):
+    clock = [0.]
+    monkeypatch.setattr("llmbench.panel.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    def draw(figure, x, text): clock[0] += x
+    panel = Panel(draw, x=widgets.FloatSlider(9., step=.01), text=widgets.Text())
+    for x in (.1, .5, .39, .45, .1, .2): panel.controls["x"].value = x
+    assert panel.controls["x"].continuous_update, "one slow picture may be chance"
+    panel.controls["x"].value = .5
+    panel.controls["x"].value = .41
+    assert not panel.controls["x"].continuous_update and panel.controls["text"].continuous_update
 
 
 class Worker:
