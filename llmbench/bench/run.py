@@ -18,16 +18,16 @@ from ..model.transformer import Config
 from ..train.loop import Fit
 from ..tune.sft import SFT
 
-# %% ../../nbs/8_bench/80_run.ipynb #fa9aab3f
+# %% ../../nbs/8_bench/80_run.ipynb #5dbcabfe
 @dataclass(frozen=True)
 class Run:
     "The configuration of a whole chain"
     name:str="town"  # its folder is runs/<name>
     seed:int=0       # of the town, the weights and the order of the data
     source:Source=Source()       # documents and conversations
-    model:Config=Config(vocab_size=600, d_model=128, n_layers=4, n_heads=4, n_kv_heads=4, d_hidden=320, max_length=128) # shape; vocab_size is the tokenizer's too
+    model:Config=Config(vocab_size=600, d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, d_hidden=344, max_length=128) # shape; vocab_size is the tokenizer's too
     pretrain:Pretrain=Pretrain() # the base model
-    sft:SFT=SFT()                # the model that answers
+    sft:SFT=SFT(steps=120, length=96, lr=3e-3, matrix_lr=.02) # the model that answers
 
 def own_files(
     text:tuple[str, ...]=(), # files or folders of documents

@@ -105,13 +105,13 @@ def tokenize(
     return dict(vocab_size=tokenizer.vocab_size, characters_per_token=sum(map(len, sample))/max(1, sum(map(len, ids))),
                 sample=tokenizer.pieces(ids[0][:40]))
 
-# %% ../../nbs/8_bench/83_stages.ipynb #7456ccf6
+# %% ../../nbs/8_bench/83_stages.ipynb #510ca517
 @dataclass(frozen=True)
 class Pretrain:
     "How the base model is trained"
-    batch:int=32    # packed rows a step
-    length:int=64   # tokens a row
-    fit:Fit=Fit(steps=700, lr=3e-3, matrix_lr=0.02, valid_every=100, save_every=100) # optimizer and schedule
+    batch:int=21    # packed rows a step
+    length:int=96   # tokens a row
+    fit:Fit=Fit(steps=400, lr=3e-3, matrix_lr=0.02, valid_every=100, save_every=100) # optimizer and schedule
 
 def document_rows(
     tokenizer:BPE,   # whose bos and end frame each document
