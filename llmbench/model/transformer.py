@@ -168,7 +168,7 @@ class Block(nn.Module):
         x = x + self.attention(self.norm_attention(x), *where)
         return x + self.mlp(self.norm_mlp(x))
 
-# %% ../../nbs/2_model/21_transformer.ipynb #7fa33e98
+# %% ../../nbs/2_model/21_transformer.ipynb #4118b056
 class Transformer(nn.Module):
     "A decoder in Llama's shape"
     def __init__(self,
@@ -218,7 +218,8 @@ class Transformer(nn.Module):
         if positions is not None: return tables(positions)
         key, end = (like.device, like.dtype), past + length
         if key not in self.table or len(self.table[key][0]) < end:
-            self.table[key] = tables(torch.arange(max(end, min(c.max_length, 2048)), device=like.device))
+            with torch.inference_mode(False), torch.no_grad():  # a table made while evaluating must serve training too
+                self.table[key] = tables(torch.arange(max(end, min(c.max_length, 2048)), device=like.device))
         cos, sin = self.table[key]
         return cos[past:end], sin[past:end]
     def mask(self,
