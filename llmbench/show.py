@@ -7,19 +7,20 @@ __all__ = ['COLOURS', 'INK', 'SERIES', 'CJK', 'BLACK', 'WHITE', 'MARKS', 'BOX', 
            'fonts', 'drawable', 'neutral', 'png', 'svg', 'Picture', 'new_figure', 'readable', 'Html', 'tint',
            'token_ribbon', 'running_mean', 'loss_curves', 'heat_map', 'probability_bars']
 
-# %% ../nbs/01_show.ipynb #6f004673
+# %% ../nbs/01_show.ipynb #cd580835
 import hashlib, html, io, re, warnings
 from functools import lru_cache
 
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.category import StrCategoryFormatter
 from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
-from matplotlib.ticker import FixedFormatter, LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FixedFormatter, FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 
 # %% ../nbs/01_show.ipynb #526a24fa
@@ -79,7 +80,7 @@ def neutral(
     for drawn in figure.findobj(lambda artist: isinstance(artist, (Text, Line2D, LineCollection))): _neutral_artist(drawn, names)
     return figure
 
-# %% ../nbs/01_show.ipynb #693af83b
+# %% ../nbs/01_show.ipynb #2830b45b
 def _black(colour): return isinstance(colour, str) and colour in BLACK
 
 def _neutral_artist(drawn, names):
@@ -92,12 +93,18 @@ def _neutral_artist(drawn, names):
         drawn.set_text(drawable(drawn.get_text()))
         if drawn.get_family() == ["sans-serif"]: drawn.set_family(names)
 
+def _drawable_names(named):
+    shown = FuncFormatter(lambda x, place=None: drawable(named(x, place)))
+    shown.drawable = True
+    return shown
+
 def _neutral_axes(ax, names):
     ax.tick_params(which="both", color=INK, labelcolor=INK)
     for axis in (ax.xaxis, ax.yaxis):
         named = axis.get_major_formatter()
-        if isinstance(named, FixedFormatter): named.seq = [drawable(name) for name in named.seq]
-        if not isinstance(named, ScalarFormatter): axis.set_tick_params(labelfontfamily=names)
+        if not isinstance(named, (FixedFormatter, FuncFormatter, StrCategoryFormatter)): continue
+        axis.set_tick_params(labelfontfamily=names)
+        if not hasattr(named, "drawable"): axis.set_major_formatter(_drawable_names(named))
     for side, spine in ax.spines.items():
         spine.set_color(INK)
         if side in ("top", "right") and ax.name == "rectilinear" and not ax.images: spine.set_visible(False)

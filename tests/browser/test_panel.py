@@ -121,7 +121,4 @@ def test_notebook(lab, name):
     page = lab.open(ROOT/"nbs"/f"{name}.ipynb").run_all()
     if name == "02_panel":
         with page.panel().changes(): page.panel().press("lr", "ArrowRight")
-    page.screenshot(f"{name}-light")
-    page.theme("dark")
-    page.screenshot(f"{name}-dark")
     assert [text for text in page.errors() if "math domain" not in text and "expected a positive" not in text and "step 0" not in text] == []

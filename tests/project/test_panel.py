@@ -56,7 +56,7 @@ def test_an_error_is_shown_for_a_person_and_raised_for_a_test():
     panel = make()
     good = bytes(panel.picture.value)
     panel.controls["rate"].value = 3.
-    assert isinstance(panel.error, ValueError) and "&lt;3&gt; is too steep" in panel.box.value and "llmbench-error" in panel.box.value and "slope" in panel.box.value
+    assert isinstance(panel.error, ValueError) and "&lt;3&gt; is too steep" in panel.box.value.split("<details>")[0] and "llmbench-error" in panel.box.value and "slope" in panel.box.value
     assert bytes(panel.picture.value) == good
     with pytest.raises(ValueError, match="too steep"): panel.redraw()
     panel.controls["rate"].value = 1.5
@@ -186,6 +186,24 @@ def test_run_now_raises_and_lets_go():
     assert finite.run_now() == 7 and finite.run_now(most=0) == 0
 
 
+class Records:
+    "An iterator that is not a generator: nobody but the panel closes it"
+    def __init__(self): self.closed, self.next = 0, 0
+    def __iter__(self): return self
+    def close(self): self.closed += 1
+    def __next__(self):
+        self.next += 1
+        if self.next > 3: raise StopIteration
+        return self.next
+
+
+def test_records_are_closed_by_the_panel():
+    for start in (lambda p: p.run_now(), lambda p: p.run_now(most=1), lambda p: (p.start(), waiting(lambda: not p._busy()))):
+        records = Records()
+        start(Panel(lambda figure, records: None, run=lambda records=records: records))
+        assert records.closed == 1
+
+
 def test_run_and_stop():
     worker, drawn, panel = live()
     panel.button.click()
@@ -245,13 +263,20 @@ def test_one_run_at_a_time():
     assert b.stop()
 
 
-def test_drawing_does_not_eat_the_run():
-    drawn = []
-    def work():
+def test_drawing_does_not_eat_the_run(monkeypatch):
+    clock, drawn = [0.], []
+    monkeypatch.setattr("llmbench.panel.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    def draw(figure, records, cost):
+        clock[0] += cost
+        drawn.append(len(records))
+    def work(cost):
         for i in range(400):
-            time.sleep(.002)
+            clock[0] += .01
             yield i
-    panel = Panel(lambda figure, records: drawn.append(time.perf_counter()), run=work)
-    panel.start()
-    waiting(lambda: not panel._busy())
-    assert len(panel.records) == 400 and 3 <= len(drawn) <= 30
+    panel = Panel(draw, run=work, cost=widgets.FloatSlider(0., step=.01))
+    for cost, expected in ((0., range(14, 17)), (.1, range(5, 8))):  # four seconds: every 0.3 s; a tenth of the time
+        panel.redraw(cost=cost)
+        drawn.clear()
+        panel.start()
+        waiting(lambda: not panel._busy())
+        assert len(panel.records) == 400 and len(drawn) in expected and drawn[0] == 1 and drawn[-1] == 400, (cost, drawn)
