@@ -106,6 +106,8 @@ def test_still_axes_follow_the_number_of_panes_and_rotated_labels():
     assert len(two) == 2 and two[1].x0 > two[0].x1 and two[0].y0 > one.y0
     room = label_room(panel.figure)
     assert len(room) == 10 and room[0] == 12
+    panel.redraw(n=1)
+    assert panel.figure.axes[0].get_position().width > .8, "one pane again: not in the place of one of two"
 
 
 def test_small_ticks_need_room_too():
@@ -127,6 +129,13 @@ def test_subfigures_are_laid_out_each_time():
     before = panel.figure.axes[0].get_position().x0
     panel.redraw(top=90_000)
     assert panel.figure.axes[0].get_position().x0 > before
+    def titled(figure, x):
+        figure.suptitle("two\nparts", fontsize=20)
+        for part in figure.subfigures(1, 2): part.subplots().plot([0, 1])
+    panel = Panel(titled, x=widgets.IntSlider(1))
+    first = bytes(panel.picture.value)
+    panel.redraw()
+    assert bytes(panel.picture.value) == first, "a title over the parts keeps its room"
 
 
 def test_a_slow_picture_waits_for_the_hand(monkeypatch):
