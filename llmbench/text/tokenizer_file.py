@@ -133,7 +133,7 @@ def read_tokenizer(
     merges = check_vocab(vocab, model.get("merges"), specials, f"{path} model")
     return vocab, merges, specials, tuple(patterns), bool(model.get("ignore_merges"))
 
-# %% ../../nbs/1_text/12a_tokenizer_file.ipynb #ce1b92a9
+# %% ../../nbs/1_text/12a_tokenizer_file.ipynb #5d02ac0e
 def read_gpt2(
     vocab_json:str|Path, # token -> id
     merges_txt:str|Path, # one merge a line
@@ -144,7 +144,6 @@ def read_gpt2(
     except (OSError, UnicodeDecodeError) as e: raise UserError(f"cannot read: {getattr(e, 'strerror', None) or 'not UTF-8 text'}", where=where) from e
     merges = []
     for k, line in enumerate(lines, 1):
-        line = line.rstrip("\r")
         if not line or (k == 1 and line.startswith("#version")): continue
         merges.append(line.split(" "))
         _need(len(merges[-1]) == 2 and all(merges[-1]), f"{line!r} is not two tokens with a space between", f"{where} line {k}")

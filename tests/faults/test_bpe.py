@@ -40,6 +40,7 @@ FILES = dict(  # name: (what is done to the file's JSON, what the message must s
     merges_missing=(lambda d: d["model"].pop("merges"), ["merges", "list"]),
     merge_of_three=(lambda d: d["model"]["merges"].insert(2, ["a", "b", "c"]), ["merges[2]", "not a pair"]),
     merge_of_numbers=(lambda d: d["model"]["merges"].insert(0, [1, 2]), ["merges[0]", "not a pair"]),
+    merge_with_two_blanks=(lambda d: d["model"]["merges"].insert(0, "t  h"), ["merges[0]", "not a pair"]),
     merge_a_number=(lambda d: d["model"]["merges"].insert(0, 7), ["merges[0]", "not a pair"]),
     merge_from_elsewhere=(lambda d: d["model"]["merges"].append(["z", "q"]), ["'zq'", "not in the vocabulary", "same tokenizer"]),
     merge_side_unknown=(lambda d: d["model"]["merges"].append(["zzz", "q"]), ["'zzz'", "not in the vocabulary"]),
@@ -160,7 +161,8 @@ def test_a_missing_special_token_is_named():
     bpe = BPE.train("owl", 300, specials=("<s>",))
     with pytest.raises(UserError, match=r"no <\|end\|>.*It has <s>"): print(bpe.end_id)
     with pytest.raises(UserError, match=r"no <\|pad\|>"): print(bpe.pad_id)
-    assert len(SPECIALS) == 7 and BPE.train("owl", 300).end_id != BPE.train("owl", 300).pad_id
+    assert SPECIALS == ("<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+    assert [getattr(BPE.train("owl", 300), name) for name in ("pad_id", "bos_id", "end_id")] == [0, 1, 2]  # pad is never the end
 
 
 def test_a_users_text_cannot_become_control(file):

@@ -55,7 +55,8 @@ def test_training_learns_the_same_merges_and_gives_the_same_ids(data, ledger, tm
     which = f"{name}, vocabulary {size}, {'our' if pattern == PATTERN else 'GPT-2'} cuts"
     ledger(f"BPE merges, {which}", "tokenizers BpeTrainer", differing(ours.merges, [tuple(m) for m in file["model"]["merges"]]), 0)
     assert ours.vocab == file["model"]["vocab"]
-    assert json.loads(ours.save(tmp_path).read_text()) == file  # the very same file
+    saved = json.loads(ours.save(tmp_path).read_text())
+    assert saved == file and list(saved["model"]["vocab"]) == list(file["model"]["vocab"])  # the very same file, in the same order
     theirs.encode_special_tokens = True
     encoded = [(theirs.encode(text), text) for text in [*texts, *HARD]]
     ledger(f"BPE ids, {which}", "tokenizers", sum(differing(ours.encode(text), e.ids) for e, text in encoded), 0)
@@ -131,9 +132,26 @@ def test_files_of_the_library_are_read(tmp_path, name):
     theirs.train_from_iterator(HARD*2, trainers.BpeTrainer(vocab_size=500, **settings))
     theirs.save(str(tmp_path/"tokenizer.json"))
     ours = BPE.load(tmp_path)
-    for text in HARD: assert ours.encode(text, specials=True) == theirs.encode(text).ids, text
+    letters = byte_alphabet()
+    for text in [*HARD, "x ½² Ⅻ ③ 12.5"]:
+        assert ours.encode(text, specials=True) == theirs.encode(text).ids, text
+        assert ["".join(letters[b] for b in chunk.encode()) for chunk in split_text(text, ours.patterns)] == [name for name, _ in theirs.pre_tokenizer.pre_tokenize_str(text)]
     assert BPE.load(ours.save(tmp_path/"again")).encode("".join(HARD)) == ours.encode("".join(HARD))
     assert Tokenizer.from_file(str(tmp_path/"again"/"tokenizer.json")).encode("".join(HARD)).ids == ours.encode("".join(HARD), specials=True)
+
+
+def test_old_files_without_use_regex_are_cut_by_gpt2s_pattern(tmp_path):
+    theirs, settings = rust()
+    theirs.pre_tokenizer = CUTS["byte_level"]
+    theirs.train_from_iterator(HARD*2, trainers.BpeTrainer(vocab_size=500, **settings))
+    file = json.loads(theirs.to_str())
+    del file["pre_tokenizer"]["use_regex"]
+    file["model"]["merges"] = [" ".join(m) for m in file["model"]["merges"]]  # as they were written until 2024
+    (tmp_path/"old.json").write_text(json.dumps(file))
+    ours, theirs, letters = BPE.load(tmp_path/"old.json"), Tokenizer.from_file(str(tmp_path/"old.json")), byte_alphabet()
+    for text in HARD:
+        assert ours.encode(text, specials=True) == theirs.encode(text).ids
+        assert ["".join(letters[b] for b in chunk.encode()) for chunk in split_text(text, ours.patterns)] == [name for name, _ in theirs.pre_tokenizer.pre_tokenize_str(text)]
 
 
 def test_whole_chunks_win_where_the_file_says_ignore_merges(tmp_path):
@@ -144,6 +162,8 @@ def test_whole_chunks_win_where_the_file_says_ignore_merges(tmp_path):
     assert ours.encode("cab") == theirs.encode("cab").ids == [300]
     assert ours.encode("cabs abc") == theirs.encode("cabs abc").ids
     assert BPE.load(ours.save(tmp_path)).ignore_merges and ours.vocab_size == 301
+    control = BPE(ours.vocab, ours.merges, {"cab": 300}, ours.patterns, ignore_merges=True)  # a control token stays out of reach even so
+    assert control.encode("cab") == BPE(ours.vocab, ours.merges, {"cab": 300}).encode("cab") != [300] == control.encode("cab", specials=True)
 
 
 def test_characters_are_cut_as_the_library_cuts_them():
@@ -239,6 +259,7 @@ def test_by_hand():
     chunks = dict(low=5, lower=2, newest=6, widest=3)
     assert train_bpe(chunks, 262)[1] == [("e", "s"), ("es", "t"), ("l", "o"), ("lo", "w"), ("e", "w"), ("n", "ew")]
     assert train_bpe(chunks, 259, ties="greatest")[1] == [("s", "t"), ("e", "st"), ("o", "w")]
+    assert train_bpe({"ab": 0, "cd": 2}, 999)[1] == [("c", "d")]  # what never occurs is not merged
     vocab, _ = train_bpe({"aaaa": 1}, 999, specials=["<x>"])  # aa, aaaa, and then there is nothing left
     assert len(vocab) == 1 + 256 + 2 and vocab["<x>"] == 0 and vocab["!"] == 1 and vocab["aaaa"] == 258
     byte_ids = list(byte_alphabet())
@@ -313,6 +334,13 @@ def test_special_tokens_longest_first_and_only_on_request():
     assert bpe.encode("a<|end|>xb[a]<|end|>", specials=True) == [*bpe.encode("a"), 1, *bpe.encode("b"), 2, 0]
     assert bpe.encode_offsets("a<|end|>x[a]", specials=True)[1][-2:] == [(1, 9), (9, 12)]
     assert bpe.decode([0, *bpe.encode("of"), 1], specials=False) == "of" and bpe.decode([0, 1]) == "<|end|><|end|>x"
+
+
+def test_special_tokens_may_have_any_name():
+    bpe = BPE.train("云 owl", 300, specials=("<|系统 1|>", "🙂\n", "\x00"))
+    assert bpe.encode("a<|系统 1|>🙂\n\x00", specials=True)[-3:] == [0, 1, 2]
+    assert bpe.decode([2, 0, 1]) == "\x00<|系统 1|>🙂\n" and bpe.decode(bpe.encode("<|系统 1|>🙂\n\x00")) == "<|系统 1|>🙂\n\x00"
+    assert not {0, 1, 2} & set(bpe.encode("<|系统 1|>🙂\n\x00"))
 
 
 def test_ids_may_be_a_tensor_and_the_tokenizer_travels():
