@@ -35,9 +35,9 @@ def with_merges(
     vocab = {t: i for t, i in tokenizer.vocab.items() if t not in made or t in tokenizer.special_ids}
     return BPE(vocab, tokenizer.merges[:merges], tokenizer.special_ids, tokenizer.patterns)
 
-# %% ../../nbs/7_play/71_text.ipynb #2122e72e
+# %% ../../nbs/7_play/71_text.ipynb #2c5d6d57
 SAMPLES = {
-    "English": "Mirova lives in Northgate and keeps a parrot.",
+    "English": "Mira Bek lives in Northgate and keeps a parrot.",
     "中文": "林月住在北门，养着一只鹦鹉。",
     "Code": "for i in range(10):\n    print(i**2)",
     "Digits": "3.14159 26535 89793 = 1,234,567",
@@ -69,7 +69,7 @@ def tokenizer_explorer(
     sample.observe(choose, names="value")
     return Panel(lambda text, merges, sample: token_view(tokenizer, text, merges), html=True, sample=sample, text=box, merges=merges)
 
-# %% ../../nbs/7_play/71_text.ipynb #6f4669c3
+# %% ../../nbs/7_play/71_text.ipynb #71384ba3
 BOX = "display:inline-block;border:1px solid rgba(128,128,128,.6);border-radius:3px;padding:0 4px;margin:0 1px;font-family:monospace;white-space:pre"
 
 def merge_view(
@@ -78,7 +78,7 @@ def merge_view(
     step:int,      # merges applied
 )->Html:           # rows of tokens, the last one current
     "How a word became tokens, as far as `step`"
-    steps = tokenizer.merge_steps(word)
+    steps = tokenizer.steps(word)
     shown = steps[:min(step, len(steps) - 1) + 1]
     def boxes(ids): return "".join(f'<span style="{BOX}">{html.escape(readable(tokenizer.token_bytes[t]))}</span>' for t in ids)
     rows = "".join(f'<div style="opacity:{1 if i == len(shown) - 1 else .5};margin:2px 0">{i}: {boxes(ids)}</div>' for i, ids in enumerate(shown))
