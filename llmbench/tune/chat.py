@@ -67,18 +67,18 @@ class ChatTemplate:
         self.reserved = re.compile(f"[{OPEN}{CLOSE}{BEGIN}{FINISH}]")
         self.marks = re.compile(f"{OPEN}(?P<user>{specials}){CLOSE}|(?P<begin>{BEGIN})|(?P<finish>{FINISH})|{OPEN}|{CLOSE}|(?P<own>{specials})")
 
-# %% ../../nbs/4_tune/40_chat.ipynb #876883b6
+# %% ../../nbs/4_tune/40_chat.ipynb #f9e04652
 @patch
 def _neutral(self:ChatTemplate, value):
     "The same JSON value, each special string in it wrapped so that it can be told from the template's own"
     from llmbench.tune.sandbox import CLOSE, OPEN
     if isinstance(value, str): return self.special.sub(lambda m: OPEN + m[0] + CLOSE, self.reserved.sub("", value))
-    if isinstance(value, dict): return {self._neutral(k): self._neutral(v) for k, v in value.items() if v is not None}
+    if isinstance(value, dict): return {self._neutral(k): self._neutral(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [self._neutral(v) for v in value]
     if value is None or isinstance(value, (int, float)): return value
     raise UserError(f"a message holds text, numbers, lists and objects, not {type(value).__name__}", "messages", "Convert it to text first")
 
-# %% ../../nbs/4_tune/40_chat.ipynb #87915df1
+# %% ../../nbs/4_tune/40_chat.ipynb #abb9058b
 @patch
 def _atoms(self:ChatTemplate, messages, tools, prompt):
     "(string, is it the template's special token?, is it the assistant's?) in the order of the text"
@@ -86,7 +86,8 @@ def _atoms(self:ChatTemplate, messages, tools, prompt):
     if not isinstance(messages, (list, tuple)) or not all(isinstance(m, dict) for m in messages):
         raise UserError("a conversation is a list of messages", "messages", 'Write [{"role": "user", "content": ...}]')
     if not messages: raise UserError("an empty conversation", "messages", "Give at least one message")
-    inputs = dict(messages=self._neutral(messages), tools=self._neutral(tools) if tools else None)
+    said = [{k: v for k, v in m.items() if v is not None} for m in messages]  # as transformers: null fields are absent
+    inputs = dict(messages=self._neutral(said), tools=self._neutral(tools) if tools else None)
     room = 1_000_000 + 4*len(str(inputs))
     raw = run_template(self.compiled, self.variables | inputs | dict(add_generation_prompt=prompt), self.where, room, 100_000 + 100*len(messages))
     at, answer = 0, False

@@ -20,7 +20,7 @@ from ..text.batch import Batch, Row, draw, pack, pad
 from ..train.loop import Fit, Step, fit
 from .chat import ChatTemplate
 
-# %% ../../nbs/4_tune/41_sft.ipynb #9602c2ce
+# %% ../../nbs/4_tune/41_sft.ipynb #f859d19e
 def exchanges(
     messages:list[dict], # a conversation
 )->tuple[list[dict], list[list[dict]]]: # the system message in a list (or an empty one), and the exchanges
@@ -33,18 +33,18 @@ def exchanges(
     return head, parts
 
 def shorten(
-    messages:list[dict],    # a conversation that is too long
+    messages:list[dict],    # a conversation
     template:ChatTemplate,  # renders it
     length:int,             # the most tokens
     keep:str="last",        # which exchanges stay: the "last" ones or the "first" ones
     tools:list|None=None,   # they count as well
 )->tuple[Row|None, int]:    # a row that fits, or None when no single exchange does; exchanges dropped
-    "The conversation without as few whole exchanges as possible; no answer is ever cut"
+    "The conversation, less as few whole exchanges as it takes; no answer is ever cut"
     head, parts = exchanges(messages)
     def row(drop):
         rest = parts[drop:] if keep == "last" else parts[:len(parts) - drop]
         return template.render(head + [m for part in rest for m in part], tools)
-    drop = 1 + bisect_left(range(1, len(parts)), True, key=lambda drop: len(row(drop)[0]) <= length)
+    drop = bisect_left(range(len(parts)), True, key=lambda drop: len(row(drop)[0]) <= length)
     return (row(drop), drop) if drop < len(parts) else (None, 0)
 
 # %% ../../nbs/4_tune/41_sft.ipynb #0a2e21ed

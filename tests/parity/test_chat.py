@@ -133,6 +133,17 @@ def test_last_character_counts_whole(worldly):
     assert sum(ours[1]) == len(bpe.encode("ok ☃")) and sum(their[1]) < sum(ours[1])
 
 
+def test_a_token_that_is_half_the_assistants_counts(worldly):
+    "The block begins inside a token: transformers counts it, and so do we"
+    bpe, theirs = worldly
+    split = "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content[:1] }}{% generation %}{{ m.content[1:5] }}{% endgeneration %}{{ m.content[5:] }}{% else %}{{ m.content }}{% endif %}<|end|>{% endfor %}"
+    talk = [dict(role="user", content="?"), dict(role="assistant", content="Ann does.")]
+    words = bpe.encode("Ann does.")
+    assert [bpe.decode([i]) for i in words] == ["An", "n", " does", "."]
+    ours = ChatTemplate(bpe, split).render(talk)
+    assert ours == library(theirs, talk, chat_template=split) and ours[1] == [0, 0, 1, 1, 1, 0, 0]
+
+
 def test_audit_of_real_templates(worldly):
     "Published templates mark no answers; TRL's for training do. The others' known faults are named"
     bpe, _ = worldly
@@ -188,6 +199,17 @@ def test_exact_ids(small):
     who, ann = bpe.encode("Who?"), bpe.encode("Ann.")
     assert small.render([U("Who?"), A("Ann.")]) == ([1, 4, *who, 2, 5, *ann, 2], [0]*(4 + len(who)) + [1]*(len(ann) + 1))
     assert small.render([U("Who?")], prompt=True) == ([1, 4, *who, 2, 5], [0]*(4 + len(who)))
+
+
+def test_null_as_in_transformers(small, tmp_path):
+    "A null field of a message is absent; null inside tools and arguments is a value and stays"
+    theirs = loaded(small, tmp_path)
+    talk = [U("?"), dict(role="assistant", content=None, name=None, tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {"city": None}}}])]
+    tools = [{"name": "f", "parameters": {"city": {"default": None}}}]
+    assert small.render(talk, tools) == library(theirs, talk, tools)
+    assert '"default": null' in small.text(talk, tools) and '"city": null' in small.text(talk, tools)
+    asks = "{{ 'name' in messages[1] }}, {{ messages[1].content is defined }}, {{ tools is none }}"
+    assert ChatTemplate(small.tokenizer, asks).text(talk) == "False, False, True" == theirs.apply_chat_template(talk, chat_template=asks, tokenize=False)
 
 
 # what a user types stays text
