@@ -19,14 +19,14 @@ def wait(condition, seconds=20):
 def test_tokenizer_explorer(lab):
     page = lab.open(CASES).run_all()
     panel = page.panel(0)
-    before = panel.picture()
+    before = panel.content()
     with panel.changes(): panel.choose("sample", "中文")
     assert "林月" in page.python("panel.values['text']")
     with panel.changes(): panel.drag("merges", 0.)
     assert page.python("panel.values['merges']") == "0"
     with panel.changes(): panel.press("merges", "ArrowRight", times=3)
     with panel.changes(): panel.type("text", "🐈 says 你好")
-    assert panel.picture() != before
+    assert panel.content() != before
     merge = page.panel(1)
     with merge.changes(): merge.drag("step", 0.)
     with merge.changes(): merge.press("step", "ArrowRight", times=2)
@@ -46,7 +46,7 @@ def test_attention_rope_and_sampling_explorers(lab):
     with turns.changes(): turns.press("linear scaling", "ArrowRight", times=4)
     with sampler.changes(): sampler.drag("temperature", 1.)
     with sampler.changes(): sampler.press("top-k (0: off)", "ArrowRight", times=3)
-    assert page.python("sampler.values['top_k']") == "3"
+    wait(lambda: page.python("sampler.values['top_k']") == "3")
     page.screenshot("play-model")
     page.theme("dark")
     page.screenshot("play-model-dark")
