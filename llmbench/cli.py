@@ -7,13 +7,12 @@ __all__ = ['COMMANDS', 'ABOUT', 'RunCommand', 'preset', 'seconds_a_step', 'plan'
            'ChatCommand', 'do_chat', 'say', 'EvalCommand', 'do_eval', 'told', 'LabCommand', 'course_folder', 'do_lab',
            'DoctorCommand', 'do_doctor', 'main']
 
-# %% ../nbs/99_cli.ipynb #f836450a
+# %% ../nbs/99_cli.ipynb #5a16a35e
 import math, os, subprocess, sys, time
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads slow a busy machine down tenfold
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
@@ -217,7 +216,7 @@ def told(
     "A loss with its interval, and what knowing nothing would cost"
     return f"{score.task}: {score.accuracy:.3f} [{score.low:.3f}, {score.high:.3f}], perplexity {math.exp(score.accuracy):.1f}, of {score.n} rows; knowing nothing costs {score.chance:.3f}"
 
-# %% ../nbs/99_cli.ipynb #5824a7f4
+# %% ../nbs/99_cli.ipynb #2b3ace45
 @dataclass(frozen=True)
 class LabCommand:
     "Open the course in JupyterLab, on start.ipynb."

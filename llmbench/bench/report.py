@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['STYLE', 'PAGE', 'training_curves', 'score_bars', 'duration', 'stage_text', 'report']
 
-# %% ../../nbs/8_bench/81_report.ipynb #789f06b7
-import html, math
+# %% ../../nbs/8_bench/81_report.ipynb #e1b95f26
 from pathlib import Path
 
 from .stages import read_lines
@@ -94,7 +93,7 @@ def _number(n):
     "A count as people read it"
     return f"{n/1e6:.2f} M" if n >= 1e6 else f"{n/1e3:.0f} k" if n >= 1e4 else f"{n:,}"
 
-# %% ../../nbs/8_bench/81_report.ipynb #6bb964c1
+# %% ../../nbs/8_bench/81_report.ipynb #cf647d36
 def stage_text(
     name:str,   # of the stage
     facts:dict, # what it returned
@@ -105,7 +104,7 @@ def stage_text(
         data=lambda: f"{f['documents']:,} documents ({_number(f['characters'])} characters), {f['conversations']:,} conversations" + (f", {f['questions']:,} questions with exact answers" if f["questions"] else ""),
         bpe=lambda: f"{f['vocab_size']:,} tokens, {f['characters_per_token']:.2f} characters a token",
         pretrain=lambda: f"{_number(f['parameters'])} parameters, {_number(f['tokens'])} tokens in {f['steps']:,} steps ({f['tokens']/f['train_seconds']:,.0f} tokens/s); validation loss {f['valid_loss']:.3f} nats/token, {f['bits_per_byte']:.3f} bits/byte",
-        sft=lambda: f"{f['account']}; {_number(f['tokens'])} answer tokens in {f['steps']:,} steps; last loss {f['train_loss']:.3f}",
+        sft=lambda: f"{'; '.join(f['account'].splitlines())}; {_number(f['tokens'])} answer tokens in {f['steps']:,} steps; last loss {f['train_loss']:.3f}",
         eval=lambda: f"{len(f['scores'])} scores, {len(f['samples'])} samples")[name]()
 
 # %% ../../nbs/8_bench/81_report.ipynb #6d9d9111

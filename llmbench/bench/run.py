@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Run', 'own_files', 'file_key', 'code_key', 'keys', 'peak_memory_gb', 'run_stage', 'run']
 
-# %% ../../nbs/8_bench/80_run.ipynb #005d9696
+# %% ../../nbs/8_bench/80_run.ipynb #5eb183d8
 import hashlib, resource, shutil, sys, time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import llmbench

@@ -59,12 +59,12 @@ def mask_explorer(
     return Panel(lambda row, length, everything: mask_view(row, length, template, everything), html=True, row=box,
                  length=widgets.IntSlider(200, min=4, max=400, description="length (tokens)"), everything=widgets.Checkbox(False, description="count everything (no mask)"))
 
-# %% ../../nbs/7_play/74_tune.ipynb #2932a86e
+# %% ../../nbs/7_play/74_tune.ipynb #462e6124
 def _bubble(role, text):
     "One turn, as markup"
     colour, side = (COLOURS["chosen"], "right") if role == "user" else (COLOURS["trained"], "left")
     return (f'<div style="text-align:{side};margin:4px 0"><span style="display:inline-block;max-width:85%;text-align:left;white-space:pre-wrap;'
-            f'border:1px solid {colour};border-radius:10px;padding:4px 10px">{html.escape(text) or "…"}</span></div>')
+            f'border:1px solid {colour};border-radius:10px;padding:4px 10px">{html.escape(text.strip()) or "…"}</span></div>')
 
 def chat_panel(
     model:Transformer|None=None,     # None takes the town's models, base and tuned

@@ -172,7 +172,8 @@ def question(attribute="job", lang="en"):
 EN = ["{w}", "{v} or {w}", "{w} or {v}", "{v}, {w}", "{v} {w}", "{v}/{w}", "{v} and {w}", "not {v}", "not a {v} but a {w}", "{v}? {w}", "{v}?", "no {v}", "maybe {v}", "perhaps a {v}", "I think {v}", "I guess it is {v}",
       "probably {v}", "never {v}", "it isn't {v}", "it is not {v}", "{v}. No, {w}.", "either {v} or {w}", "neither {v} nor {w}", "anything but {v}", "I don't know, {v}", "{v} {v}", "{v}s", "un{v}", "{v}-like", "{v}ish",
       "Mira Oban: {v}", "Tobi Bek works as a {v}.", "Bek is {v}", "{v} was what she hated", "{v} used to be right", "unless it is {v}", "if not {v}", "{v} ~", "{v} | {w}", "{v} > {w}", "{v} 1", "1. {v} 2. {w}",
-      "A) {v} B) {w}", "{v} 🙃", "", " ", "...", "the answer", "ask {v}", "{v} is wrong", "wrong: {v}", "false {v}", "almost {v}", "sort of {v}", "{v}\n\n{w}", "the opposite of {v}", "Mira Bek's {v}'s friend"]
+      "A) {v} B) {w}", "{v} 🙃", "", " ", "...", "the answer", "ask {v}", "{v} is wrong", "wrong: {v}", "false {v}", "almost {v}", "sort of {v}", "{v}\n\n{w}", "the opposite of {v}", "Mira Bek's {v}'s friend",
+      "Mira Bekis {v}", "{v}/", "is "*50 + "{v}"]
 ZH = ["{w}", "{v}或者{w}", "{v}还是{w}", "{v}、{w}", "{v}{w}", "{v}和{w}", "不是{v}", "不是{v}，是{w}", "{v}？", "可能是{v}", "也许是{v}", "大概{v}", "我想是{v}", "应该是{v}吧", "从来不是{v}", "没有{v}", "非{v}",
       "要么{v}要么{w}", "除了{v}", "我不知道，{v}", "{v}{v}", "{v}们", "小{v}", "{v}上", "林星是{v}", "云月是{v}", "林月星是{v}", "{v}是错的", "错：{v}", "假{v}", "几乎是{v}", "{v}的反面", "", "。", "是", "答案", "{v} or {w}",
       "{v}～", "{v}1", "甲：{v}", "{v}吗", "林月的爸爸是{v}", "以前是{v}"]
@@ -229,9 +230,9 @@ def test_refusals_and_orders(world):
         assert not any(grade(known, t) for t in REFUSAL[lang])
     ordered = {q.form: q for q in world.questions("en", "format")[:3]}
     assert set(ordered) == {"brackets", "twice", "json"}
-    for form, q in ordered.items():
+    for q in ordered.values():
         assert grade(q, q.answer) and grade(q, f" {q.answer}\n") and not grade(q, q.answer.upper()) and not grade(q, q.answer + ".") and not grade(q, q.answer[1:])
-    assert not grade(ordered["json"], "{"*5000)
+    assert not grade(ordered["json"], "["*100_000)
 
 
 # Preferences --------------------------------------------------------------------------------------------------------
