@@ -125,12 +125,15 @@ def test_field_names_any_other_text(tmp_path):
     (tmp_path/"a.csv").write_text("text,body\nt,b\n")
     assert read_documents(tmp_path/"a.csv", field="body") == ["b"]
     with pytest.raises(UserError, match="no text in field title.*Fields present: question, answer, text"): read_documents(tmp_path/"a.jsonl", field="title")
+    (tmp_path/"poem.json").write_text('{"title": "t", "paragraphs": ["a", "b"]}')
+    assert read_documents(tmp_path/"poem.json") == ["t\na\nb"] and read_documents(tmp_path/"poem.json", field="title") == ["t"]
+    with pytest.raises(UserError, match="no text in field body"): read_documents(tmp_path/"poem.json", field="body")
     with pytest.raises(UserError, match="no column title"): read_documents(tmp_path/"a.csv", field="title")
 
 
 def test_csv_limit_is_put_back(tmp_path):
     import csv
-    before = csv.field_size_limit()
+    csv.field_size_limit(before := 131_072)
     (tmp_path/"a.csv").write_text("id,body\n1,2\n")
     with pytest.raises(UserError): read_documents(tmp_path/"a.csv")
     assert csv.field_size_limit() == before
@@ -181,6 +184,19 @@ def test_split_is_nested_seeded_and_the_same_everywhere():
     assert set(split_documents(docs, .1, seed=1)[1]) != set(split_documents(docs, .1)[1])
     # printf "0 Oban" | sha256sum begins with 0xxx, those below 8 are held out
     assert split_documents(["云村", "Mira", "Oban", "Kasu", "Tobi", "Vena"], .5)[1] == ["Oban", "Vena"]
+
+
+def test_neither_side_of_a_split_is_empty():
+    assert [len(part) for part in split_documents(["a", "b", "c"], .001)] == [2, 1]
+    assert [len(part) for part in split_documents(["a", "b", "c"], .999)] == [1, 2]
+
+
+def test_folders_are_read_in_the_order_of_names_and_hidden_files_are_not(tmp_path):
+    names = [f"{i:02d}" for i in range(40)]
+    for name in names[::-1]: (tmp_path/f"{name}.txt").write_text(name)
+    (tmp_path/".hidden.txt").write_text("no")
+    (tmp_path/"picture.png").write_bytes(b"\x89PNG")
+    assert read_documents(tmp_path) == names
 
 
 def test_split_of_one_text_takes_the_end(data):

@@ -139,6 +139,11 @@ def test_attend_cell_by_cell():
     assert batch.attend()[:, 0].int().tolist() == [[[1, 0, 0], [1, 1, 0], [1, 1, 1]], [[1, 0, 0], [1, 1, 0], [0, 0, 1]]]
 
 
+def test_a_row_may_fill_the_length_to_the_last_place():
+    assert pad([([5, 6, 7], [1, 1, 1]), ([8], [1])], length=3).ids.tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert pack([([5, 6, 7], [1, 1, 1])], 3).ids.tolist() == [[5, 6, 7]]
+
+
 def test_rows_and_to():
     batch = pack(some_rows(), 16)
     some = batch.rows(torch.tensor([2, 0])).to("cpu")
