@@ -28,7 +28,7 @@ def digest(text): return hashlib.sha256(text.encode()).hexdigest()
 
 # Bytes --------------------------------------------------------------------------------------------------------------
 
-PINNED = {"documents": "f8e8b148367c7c70", "everything": "26b7725947b8189e"} # change only with a CHANGELOG entry: scores of different towns do not compare
+PINNED = {"documents": "f8e8b148367c7c70", "everything": "697eb49386c31ab7"} # change only with a CHANGELOG entry: scores of different towns do not compare
 
 
 def test_the_town_of_seed_0_has_these_bytes(world):
