@@ -64,7 +64,7 @@ def sync(
         try: os.fsync(handle)
         finally: os.close(handle)
 
-# %% ../../nbs/3_train/30b_checkpoint.ipynb #f56afe3e
+# %% ../../nbs/3_train/30b_checkpoint.ipynb #46fb41b1
 def save_checkpoint(
     folder:str|Path,       # the checkpoint becomes its subfolder `step-NNNNNNN`
     model:nn.Module,       # its tensors
@@ -88,7 +88,7 @@ def save_checkpoint(
     except (OSError, SafetensorError, UserError) as e:
         shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"cannot save the checkpoint of step {step}: {e}", str(folder),
-                        "Free some space: the checkpoint before it is intact, and the same call goes on from there") from e
+                        "Free some space: what was saved before is intact, and the same call goes on from there") from e
     for old in Path(folder).glob("step-*"):
         if old != whole: shutil.rmtree(old, ignore_errors=True)
     return whole
