@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_mask', 'check_cache_bytes', 'check_rotate', 'check_unseen', 'check_nucleus', 'check_pad_positions',
-           'check_attention_exam']
+           'check_attention_exam', 'check_rmsnorm', 'check_parameters', 'check_k_slice']
 
 # %% ../../nbs/2_model/29_practice.ipynb #7555be8f
 import math
@@ -109,3 +109,56 @@ def check_attention_exam(
     assert len(letters) == 6 and set(letters) <= set("abc"), "six letters please, each a, b or c"
     wrong = [k for k, (given, right) in enumerate(zip(letters, "baabca"), 1) if given != right]
     return "6 of 6" if not wrong else f"{6 - len(wrong)} of 6. Read again: " + "; ".join(f"{k}: {read[k]}" for k in wrong)
+
+# %% ../../nbs/2_model/29_practice.ipynb #8ab8cde3
+from ..model.transformer import Config, parameter_count
+
+# %% ../../nbs/2_model/29_practice.ipynb #b8d5f6d1
+def check_rmsnorm(
+    answer, # the learner's function of (x, weight, eps)
+)->str:     # what was right, or an AssertionError that says what was not
+    "Check RMSNorm by hand"
+    x, weight = torch.tensor([[3., 4.], [-1., 7.]]), torch.tensor([2., -.5])
+    got, want = answer(x, weight, 0.), x/torch.tensor([[12.5], [25.]]).sqrt()*weight
+    assert got.shape == x.shape, f"the shape stays {tuple(x.shape)}, not {tuple(got.shape)}"
+    assert not torch.allclose(got*2**.5, want), "too small by the root of the width: the mean of the squares, not their sum"
+    assert not torch.allclose(got, want/weight), "each feature is scaled by its `weight` at the end"
+    centred = x - x.mean(-1, keepdim=True)
+    assert not torch.allclose(got, centred/centred.square().mean(-1, keepdim=True).sqrt()*weight), "no mean is taken away: that would be LayerNorm"
+    assert torch.allclose(got, want), "(3, 4) has a root mean square of 3.5355: divide each row by its own, then scale"
+    zero = answer(torch.zeros(1, 2), weight, 1e-5)
+    assert zero.isfinite().all(), "a vector of zeros became NaN: eps goes under the root"
+    assert torch.allclose(answer(x, weight, 2.), x/(x.square().mean(-1, keepdim=True) + 2).sqrt()*weight), "eps is added to the mean square, before the root"
+    return "Right: one length for all, and a scale"
+
+# %% ../../nbs/2_model/29_practice.ipynb #66cf5a3f
+def check_parameters(
+    answer, # the learner's function of a Config without experts
+)->str:     # what was right, or an AssertionError that says what was not
+    "Check the number of weights of a decoder"
+    shape = dict(vocab_size=97, d_model=48, n_layers=3, n_heads=6, n_kv_heads=2, d_hidden=80)
+    config = Config(**shape)
+    got, want, kv = answer(config), parameter_count(config), 2*8
+    assert got != want + 97*48, "the embedding is the head as well (tied): it counts once"
+    assert got != want + 3*2*48*(48 - kv), "keys and values have n_kv_heads, not n_heads"
+    assert got != want - 3*48*80, "SwiGLU has three matrices: gate, up and down"
+    assert got not in (want - 3*2*48, want - 48, want - 7*48), "the norms have weights too: two in each block and one at the end"
+    assert got == want, f"97 tokens, width 48, 3 blocks, 6 heads on 2, hidden 80: {want:,}, not {got:,}"
+    other = Config(**shape, tied=False)
+    assert answer(other) == parameter_count(other), "untied, the head is a second matrix of V x C"
+    return "Right: embedding, blocks, norm, head"
+
+# %% ../../nbs/2_model/29_practice.ipynb #c4711dec
+def check_k_slice(
+    answer, # the learner's function of a Config
+)->str:     # what was right, or an AssertionError that says what was not
+    "Check the rows of k_proj inside the fused qkv matrix"
+    for heads, kv_heads in ((6, 2), (6, 6), (6, 1)):
+        config = Config(vocab_size=11, d_model=48, n_heads=heads, n_kv_heads=kv_heads, d_hidden=20)
+        got, kv = answer(config), kv_heads*8
+        assert isinstance(got, slice), f"a slice, please, not a {type(got).__name__}"
+        rows = list(range(48 + 2*kv))[got]
+        assert rows != list(range(48 + kv, 48 + 2*kv)), "those are the values: q comes first, then k, then v"
+        assert len(rows) != kv_heads or kv == kv_heads, "rows, not heads: each head has D of them"
+        assert rows == list(range(48, 48 + kv)), f"{heads} heads on {kv_heads}, width 48: rows 48 to {48 + kv - 1}, not {rows[:1]} to {rows[-1:]}"
+    return "Right: behind the queries, n_kv_heads times D rows"
