@@ -45,7 +45,7 @@ DEFAULT = """\
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
 """
 
-# %% ../../nbs/4_tune/40_chat.ipynb #f04d1728
+# %% ../../nbs/4_tune/40_chat.ipynb #e3ee3772
 TOKENS = dict(bos_token="<|bos|>", eos_token="<|end|>", pad_token="<|pad|>") # what a template may name
 
 class ChatTemplate:
@@ -56,29 +56,28 @@ class ChatTemplate:
         where:str="template",      # its file, for messages
         variables:dict|None=None,  # further names for the template; None: TOKENS
     ):
-        from llmbench.tune.sandbox import BEGIN, CLOSE, FINISH, OPEN, compile_template
+        from llmbench.tune.sandbox import BEGIN, FINISH, TYPED, compile_template
         missing = [t for t in SPECIALS if t not in tokenizer.special_ids] if template == DEFAULT else []
         if missing: raise UserError(f"the tokenizer has no {', '.join(missing)}", where, "Train it with these specials, or bring the template that belongs to it")
         self.tokenizer, self.template, self.where = tokenizer, template, where
         self.variables = dict(variables or TOKENS)
         self.compiled = compile_template(template, where)
         specials = "|".join(map(re.escape, sorted(tokenizer.special_ids, key=len, reverse=True))) or "(?!)"
-        self.special = re.compile(specials)
-        self.reserved = re.compile(f"[{OPEN}{CLOSE}{BEGIN}{FINISH}]")
-        self.marks = re.compile(f"{OPEN}(?P<user>{specials}){CLOSE}|(?P<begin>{BEGIN})|(?P<finish>{FINISH})|{OPEN}|{CLOSE}|(?P<own>{specials})")
+        self.special, self.reserved = re.compile(specials), re.compile(f"[{TYPED}{BEGIN}{FINISH}]")
+        self.marks = re.compile(f"(?P<own>{specials})|(?P<begin>{BEGIN})|(?P<finish>{FINISH})|{TYPED}")
 
-# %% ../../nbs/4_tune/40_chat.ipynb #f9e04652
+# %% ../../nbs/4_tune/40_chat.ipynb #b8b5af89
 @patch
 def _neutral(self:ChatTemplate, value):
-    "The same JSON value, each special string in it wrapped so that it can be told from the template's own"
-    from llmbench.tune.sandbox import CLOSE, OPEN
-    if isinstance(value, str): return self.special.sub(lambda m: OPEN + m[0] + CLOSE, self.reserved.sub("", value))
+    "The same JSON value, each special string in it broken, so that it can be told from the template's own"
+    from llmbench.tune.sandbox import TYPED
+    if isinstance(value, str): return self.special.sub(lambda m: TYPED.join(m[0]), self.reserved.sub("", value))
     if isinstance(value, dict): return {self._neutral(k): self._neutral(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [self._neutral(v) for v in value]
     if value is None or isinstance(value, (int, float)): return value
     raise UserError(f"a message holds text, numbers, lists and objects, not {type(value).__name__}", "messages", "Convert it to text first")
 
-# %% ../../nbs/4_tune/40_chat.ipynb #abb9058b
+# %% ../../nbs/4_tune/40_chat.ipynb #d6d39f37
 @patch
 def _atoms(self:ChatTemplate, messages, tools, prompt):
     "(string, is it the template's special token?, is it the assistant's?) in the order of the text"
@@ -93,8 +92,7 @@ def _atoms(self:ChatTemplate, messages, tools, prompt):
     at, answer = 0, False
     for m in self.marks.finditer(raw):
         if at < m.start(): yield raw[at:m.start()], False, answer
-        if m["user"]: yield m["user"], False, answer
-        elif m["own"]: yield m["own"], True, answer
+        if m["own"]: yield m["own"], True, answer
         elif m["begin"] or m["finish"]: answer = bool(m["begin"])
         at = m.end()
     if at < len(raw): yield raw[at:], False, answer
