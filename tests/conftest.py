@@ -29,8 +29,7 @@ def data(): return Data()
 
 def pytest_sessionstart(session):
     if hasattr(session.config, "workerinput"): return  # a worker of pytest-xdist: the controller has done it
-    LEDGER.parent.mkdir(parents=True, exist_ok=True)
-    LEDGER.unlink(missing_ok=True)
+    LEDGER.parent.mkdir(parents=True, exist_ok=True)  # rows are appended; tests/ledger.py takes the last of each
 
 
 @pytest.fixture

@@ -17,11 +17,8 @@ def table(rows):
 def main():
     source = ROOT/".cache"/"parity.jsonl"
     if not source.exists(): sys.exit("ledger: run make test first; it writes .cache/parity.jsonl")
-    worst = {}
-    for row in map(json.loads, source.read_text().splitlines()):
-        key = row["ours"], row["library"]
-        if key not in worst or row["error"] > worst[key]["error"]: worst[key] = {k: row[k] for k in ("ours", "library", "error", "bar")}
-    rows = [worst[key] for key in sorted(worst)]
+    last = {(row["ours"], row["library"]): {k: row[k] for k in ("ours", "library", "error", "bar")} for row in map(json.loads, source.read_text().splitlines())}
+    rows = [last[key] for key in sorted(last)]
     (ROOT/"experiments"/"parity.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
     readme = (ROOT/"README.md").read_text()
     before, after = readme.split(BEGIN)[0], readme.split(END)[1]

@@ -19,12 +19,12 @@ from .transformer import Config, Transformer
 __all__ = ['FIELDS', 'DEFAULTS', 'PICKLES', 'layout', 'mlp_layout', 'mixture_layout', 'config_fields', 'number', 'read_config',
            'refuse_unsupported', 'read_rope', 'save_pretrained', 'weight_files', 'Weights', 'from_pretrained']
 
-# %% ../../nbs/2_model/23_checkpoint.ipynb #4b0672e4
+# %% ../../nbs/2_model/23_checkpoint.ipynb #0393c8d6
 def layout(
     config:Config, # the shape
 )->Iterator[tuple[str, tuple, str, object]]: # transformers' name, its shape, our tensor's name, which part of it
     "Each tensor of a Llama (or Mixtral) checkpoint, and where it lives in ours"
-    C, D, H, V = config.d_model, config.head_width, config.d_hidden, config.vocab_size
+    C, D, V = config.d_model, config.head_width, config.vocab_size
     kv = config.n_kv_heads*D
     yield "model.embed_tokens.weight", (V, C), "embed.weight", slice(None)
     for i in range(config.n_layers):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_mask', 'check_cache_bytes', 'check_rotate', 'check_unseen', 'check_nucleus', 'check_pad_positions',
-           'check_attention_exam', 'check_rmsnorm', 'check_parameters', 'check_k_slice']
+           'check_attention_exam', 'check_rmsnorm', 'check_parameters', 'check_k_slice', 'check_swiglu_backward']
 
 # %% ../../nbs/2_model/29_practice.ipynb #7555be8f
 import math
@@ -162,3 +162,18 @@ def check_k_slice(
         assert len(rows) != kv_heads or kv == kv_heads, "rows, not heads: each head has D of them"
         assert rows == list(range(48, 48 + kv)), f"{heads} heads on {kv_heads}, width 48: rows 48 to {48 + kv - 1}, not {rows[:1]} to {rows[-1:]}"
     return "Right: behind the queries, n_kv_heads times D rows"
+
+# %% ../../nbs/2_model/29_practice.ipynb #27481aac
+def check_swiglu_backward(
+    answer, # the learner's function of (gate, up, grad)
+)->str:     # what was right, or an AssertionError that says what was not
+    "Check the two gradients of silu(gate)*up"
+    gate, up, grad = (torch.randn(3, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    a, b = gate.clone().requires_grad_(), up.clone().requires_grad_()
+    want = torch.autograd.grad(torch.nn.functional.silu(a)*b, (a, b), grad)
+    got = answer(gate, up, grad)
+    assert isinstance(got, tuple | list) and len(got) == 2, "two gradients please: of gate, then of up"
+    assert not torch.allclose(got[0], want[1], atol=1e-5), "these are the two gradients in the other order"
+    assert torch.allclose(got[1], want[1], atol=1e-5), "the gradient of up is what arrives times silu(gate)"
+    assert torch.allclose(got[0], want[0], atol=1e-5), "the gradient of gate is what arrives times up times the slope of silu, which is not just the sigmoid"
+    return "Right: the product rule, and a slope"

@@ -119,16 +119,21 @@ class Generation(ext.Extension):
         return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
     def _marked(self, caller): return BEGIN + caller() + FINISH
 
-# %% ../../nbs/4_tune/40b_sandbox.ipynb #49b7e131
+# %% ../../nbs/4_tune/40b_sandbox.ipynb #9a6b58a3
 class Names(Namespace):
     "`namespace` without names that lead out"
     def __setitem__(self, name, value):
         if str(name).startswith("_"): raise SecurityError(f"the name {name!r} in a namespace")
         super().__setitem__(name, value)
 
-def raise_exception(message): raise TemplateError(str(message))
-def strftime_now(form): return datetime.now().strftime(form)
+def raise_exception(message):
+    "A template's way to refuse a conversation"
+    raise TemplateError(str(message))
+def strftime_now(form):
+    "Today's date as the template wants it"
+    return datetime.now().strftime(form)
 def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    "A value as JSON, spelled as transformers does"
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     for mark in (TYPED, BEGIN, FINISH) if ensure_ascii else (): text = text.replace(json.dumps(mark)[1:-1], mark)
     return text

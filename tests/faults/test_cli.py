@@ -52,7 +52,7 @@ def file_case(name, content, *words, option="--chat", suffix=".json"): return py
 
 @pytest.mark.parametrize("option, suffix, content, words", [
     file_case("truncated JSON", b'[{"instruction": "a", "output": "b"},\n {"instr', "line 2"),
-    file_case("broken JSON Lines", b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n{"messages": [\n', "line 2", suffix=".jsonl"),
+    file_case("broken JSON Lines", b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n{"messages": [', "line 2", suffix=".jsonl"),
     file_case("empty chat file", b"", "empty"),
     file_case("field missing", b'[{"instruction": "a"}]', "output"),
     file_case("wrong role order", json.dumps([dict(messages=[dict(role="assistant", content="x"), dict(role="assistant", content="y")])]).encode(), "role"),
