@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .attention import attention, rotate
 
-# %% ../../nbs/2_model/21a_fused.ipynb #b31b372c
+# %% ../../nbs/2_model/21a_fused.ipynb #e9ac952b
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -26,8 +26,8 @@ class _RMSNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
-        C, exact = x.shape[-1], x.dtype == weight.dtype
-        back, sums, _ = torch.ops.aten.native_layer_norm_backward(grad.contiguous(), x, [C], torch.zeros_like(scale), scale, weight, None, [True, exact, False])
+        C, exact = x.shape[-1], x.dtype == scale.dtype
+        back, sums, _ = torch.ops.aten.native_layer_norm_backward(grad.contiguous(), x, [C], torch.zeros_like(scale), scale, weight.to(scale.dtype), None, [True, exact, False])
         back.add_((grad @ weight.to(grad.dtype)).unsqueeze(-1)*(scale/C).to(grad.dtype)) # mean(g), given back
         if not exact: sums = (grad*x).flatten(0, -2).mT @ scale.flatten().to(x.dtype)    # (C,)
         return back, sums.to(weight.dtype), None
