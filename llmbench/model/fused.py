@@ -88,7 +88,7 @@ def _shares(q, k, mask, a, b, chunks):
 
 # %% ../../nbs/2_model/21a_fused.ipynb #be8a4b8a
 def _forward(q, k, v, mask):
-    (blocks, chunks), (G, T, D) = _plan(q, mask), q.shape[2:]
+    (blocks, chunks), (G, _, D) = _plan(q, mask), q.shape[2:]
     out, kept = torch.empty_like(q), []
     for a, b in blocks:
         kept.append(_shares(q, k, mask, a, b, chunks))
@@ -98,7 +98,7 @@ def _forward(q, k, v, mask):
     return out, kept
 
 def _backward(grad, q, k, v, kept, mask):
-    (blocks, chunks), (G, T, D) = _plan(q, mask), q.shape[2:]
+    (blocks, chunks), (G, _, D) = _plan(q, mask), q.shape[2:]
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for (a, b), shares in zip(blocks, kept):
         for i, j in chunks:
