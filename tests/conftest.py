@@ -1,6 +1,8 @@
 "Fixtures: the real files beside the project, and the parity ledger"
+import contextlib
 import json
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -9,6 +11,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
+
+with contextlib.suppress(ValueError): signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with Ctrl-C ignored
 
 ROOT = Path(__file__).parent.parent
 LEDGER = Path(os.environ.get("LLMBENCH_LEDGER", ROOT/".cache"/"parity.jsonl"))
