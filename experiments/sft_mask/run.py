@@ -26,7 +26,7 @@ for _ in fit(base, lambda step, micro: pool.rows(draw(len(pool), 8, step)), Fit(
 
 def held_loss(**changes):
     model = copy.deepcopy(base)
-    for _ in sft(model, rows, SFT(batch=8, replay=1/4, warmup=5, **changes), old, progress=False): pass
+    for _ in sft(model, rows, SFT(batch=8, replay=1/4, warmup=5, autocast="off", **changes), old, progress=False): pass
     return evaluate(model, [pad(held)])
 
 

@@ -130,7 +130,7 @@ def check_groups(
     assert sorted(decayed) == ["embed.weight", "lift.weight"] and sorted(free) == ["lift.bias", "norm.bias", "norm.weight"], f"decayed {decayed}, free {free}: something is missing"
     return "Right: matrices decay, vectors don't, frozen ones don't take part"
 
-# %% ../../nbs/3_train/39_practice.ipynb #d876609a
+# %% ../../nbs/3_train/39_practice.ipynb #c4adebaf
 def check_repair(
     answer, # the learner's function of (text, done): the log, and how many steps the checkpoint holds
 )->str:     # what was right, or an AssertionError that says what was not
@@ -138,8 +138,8 @@ def check_repair(
     text = "".join(f'{{"step": {i}, "loss": {5 - i}.0}}\n' for i in range(6)) + '{"step": 6, "lo'
     try: got = written(answer, text, 4)
     except ValueError as e: raise AssertionError(f"the last line was cut off by the crash, and must not stop the run: {e}") from None
-    assert got.endswith("\n"), "the last line needs its newline, or the next record is glued to it"
     assert '"lo\n' not in got and not got.endswith('"lo'), "half a line is left at the end"
+    assert got.endswith("\n"), "the last line needs its newline, or the next record is glued to it"
     kept = got.splitlines()
     assert len(kept) != 6, "steps 4 and 5 will be done again: they would stand there twice"
     assert kept == text.splitlines()[:4], f"four whole lines, steps 0 to 3: {kept}"

@@ -101,12 +101,12 @@ def check_labels(
     assert got == right, f"{got}, by hand {right}"
     return "Right: by the mask, not by the id"
 
-# %% ../../nbs/4_tune/49_practice.ipynb #26a1f7ef
+# %% ../../nbs/4_tune/49_practice.ipynb #1251bd25
 EXAM = {1: ("b", "the end token stands outside the block in many templates, or shares its id with padding; `<|assistant|>` should not count, we write it"),
         2: ("b", "special strings that a user types are ordinary text; only the template writes marks"),
         3: ("b", "a cut answer teaches to stop in mid-word; the latest turns and the system message matter most"),
         4: ("b", "no error, a fine training loss, and worse answers: training and inference must agree token by token"),
-        5: ("c", "three quarters of a conversation are masked; count tokens, not rows"),
+        5: ("c", "much of a conversation is masked; count tokens, not rows"),
         6: ("b", "a model stops because it was trained to say the end token")}
 
 def check_exam(

@@ -100,7 +100,7 @@ def rows_of(
             setattr(account, name, getattr(account, name) + n)
     return rows, account
 
-# %% ../../nbs/4_tune/41_sft.ipynb #1892d0e0
+# %% ../../nbs/4_tune/41_sft.ipynb #18c78628
 @dataclass(frozen=True)
 class SFT:
     "How to tune; the defaults suit the town and a model of a million parameters"
@@ -115,6 +115,7 @@ class SFT:
     packed:bool=True     # several conversations a row, block-masked; False pads one a row
     masked:bool=True     # loss on the answers only; False on every token, for comparison
     micro:int=1          # micro-batches a step, gradients added
+    autocast:str="auto"  # bf16 matrix products: "on", "off", or "auto", where they are faster here
     seed:int=0           # of the order
 
 # %% ../../nbs/4_tune/41_sft.ipynb #6d9f7c40
@@ -138,7 +139,7 @@ def batches(
         return Batch(*(torch.cat([getattr(p, name) for p in parts]) for name in ("ids", "mask", "positions", "segments")))
     return batch_at
 
-# %% ../../nbs/4_tune/41_sft.ipynb #1d1e9e6c
+# %% ../../nbs/4_tune/41_sft.ipynb #16f358e3
 def sft(
     model:nn.Module,            # pre-trained; tuned in place
     rows:list[Row],             # from `rows_of`
@@ -150,6 +151,6 @@ def sft(
     progress:bool=True,         # show a bar with the time left
 )->Iterator[Step]:              # one record a step
     "Supervised fine-tuning: the loop of pre-training on rows whose mask counts the answers"
-    how = Fit(steps=config.steps, lr=config.lr, matrix_lr=config.matrix_lr, warmup=config.warmup, micro=config.micro)
+    how = Fit(steps=config.steps, lr=config.lr, matrix_lr=config.matrix_lr, warmup=config.warmup, micro=config.micro, autocast=config.autocast)
     held = [pad(valid[i:i+32], pad_id=pad_id) for i in range(0, len(valid), 32)] if valid else None
     yield from fit(model, batches(rows, config, replay, pad_id), how, held, folder, progress=progress)

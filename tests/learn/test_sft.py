@@ -14,7 +14,7 @@ from llmbench.train.loop import Fit, evaluate, fit
 from llmbench.tune.chat import ChatTemplate
 from llmbench.tune.sft import SFT, rows_of, sft
 
-HOW = SFT(steps=40, batch=8, replay=1/4, warmup=5)
+HOW = SFT(steps=40, batch=8, replay=1/4, warmup=5, autocast="off")
 
 
 class Town:
@@ -31,7 +31,7 @@ class Town:
         self.held, _ = rows_of([t for t, h in zip(talks, held) if h], self.template, 32)
         self.asked = [q for q, h in zip(self.questions, held) if h]
         self.base, pool = Transformer(Config(vocab_size=self.bpe.vocab_size, d_model=64, n_layers=2, d_hidden=172)), pack(self.old, 64)
-        for _ in fit(self.base, lambda step, micro: pool.rows(draw(len(pool), 8, step)), Fit(steps=150), progress=False): pass
+        for _ in fit(self.base, lambda step, micro: pool.rows(draw(len(pool), 8, step)), Fit(steps=150, autocast="off"), progress=False): pass
     def tuned(self, how=HOW, rows=None):
         model = copy.deepcopy(self.base)
         for _ in sft(model, rows or self.rows, how, self.old, progress=False): pass
@@ -61,7 +61,7 @@ def interval(values):
 
 
 def test_one_batch_overfits(town):
-    model = town.tuned(SFT(steps=60, batch=1, length=64, lr=4e-3, matrix_lr=.02, replay=0., warmup=5), town.rows[:3])
+    model = town.tuned(SFT(steps=60, batch=1, length=64, lr=4e-3, matrix_lr=.02, replay=0., warmup=5, autocast="off"), town.rows[:3])
     assert town.loss(town.base, town.rows[:3]) > 1 and town.loss(model, town.rows[:3]) < .1
 
 
@@ -84,7 +84,9 @@ def test_replay_lowers_forgetting(town, runs):
     assert interval(saved)[0] > .2, forgotten
 
 
-def test_untrained_end_never_stops(town):
+def test_untrained_end_runs_on(town):
+    "The base's documents end as well, so some answers do; but only a trained end comes right behind the answer's one sentence, each time"
     rows = [(ids, [int(m and i != town.bpe.end_id) for i, m in zip(ids, mask)]) for ids, mask in town.rows]
-    said = town.answers(town.tuned(replace(HOW, replay=0., steps=60), rows), 24)
-    assert sum(a.endswith("<|end|>") for a in said) <= .25*len(said), said
+    said = [town.answers(town.tuned(replace(HOW, replay=0., steps=60), given), 24) for given in (town.rows, rows)]
+    trained, untrained = (sum(a.endswith(".<|end|>") and a.count(".") == 1 for a in answers) for answers in said)
+    assert trained >= .9*len(said[0]) and untrained <= .5*trained, said

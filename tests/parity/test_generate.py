@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings, strategies as st
-from transformers import (AutoModelForCausalLM, LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper,
-                          TopPLogitsWarper, logging)
+from transformers import (AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LogitsProcessorList, RepetitionPenaltyLogitsProcessor,
+                          TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, logging)
 
 from llmbench.model.attention import KVCache
-from llmbench.model.generate import filter_logits, generate, new_tokens, penalise, stream
+from llmbench.model.generate import bare, filter_logits, generate, left_padding, new_tokens, penalise, stream
 from llmbench.model.transformer import Config, Transformer
 
 logging.disable_progress_bar()
@@ -81,11 +81,67 @@ def test_together_is_one_by_one(kind, penalty):
             assert torch.equal(generate(model, row[None, 9-n:], NEW, temperature=0, repetition_penalty=penalty)[0], got[9-n:])
 
 
+def test_a_row_behind_much_padding_is_no_other_row():
+    model, row = sharp(max_length=200), IDS[:1]
+    far = F.pad(row, (150, 0), value=2)
+    got = generate(model, far, NEW, temperature=0, mask=(torch.arange(159) >= 150)[None])
+    assert torch.equal(got[:, 150:], generate(model, row, NEW, temperature=0))
+
+
 @pytest.mark.parametrize("how", [dict(temperature=0), dict(temperature=1.3, top_k=12, top_p=.9), dict(temperature=0, repetition_penalty=1.4)])
 def test_cached_is_uncached(how):
     model = sharp(1)
     def seeded(model): return generate(model, IDS, NEW, generator=torch.Generator().manual_seed(3), **how)
     assert torch.equal(seeded(model), seeded(lambda ids: model(ids)))
+
+
+def test_padding_takes_no_place():
+    keys, positions = left_padding(torch.tensor([[0, 0, 1], [1, 1, 1]]), 5)
+    assert keys.tolist() == [[False, False, True, True, True], [True]*5]
+    assert positions.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
+    assert left_padding(None, 5) == left_padding(torch.ones(2, 3), 5) == (None, None)
+
+
+def test_a_model_with_learned_positions_is_told_them():
+    "RoPE forgives a row that is shifted as a whole, GPT-2 does not"
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=None, eos_token_id=None)).eval()
+    for p in gpt2.parameters():
+        if p.dim() > 1: torch.nn.init.normal_(p, std=.3)
+    whole = generate(gpt2, IDS*LEFT, NEW, temperature=0, mask=LEFT)
+    for row, n, got in zip(IDS, LENGTHS, whole): assert torch.equal(generate(gpt2, row[None, 9-n:], NEW, temperature=0)[0], got[9-n:])
+    with pytest.raises(ValueError, match="64 positions"): generate(gpt2, IDS, 56)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bare_is_the_model(kind):
+    model = sharp(**KINDS[kind])
+    with torch.no_grad():
+        want = model(IDS)
+        torch.testing.assert_close(bare(model)(IDS), want, rtol=0, atol=0)
+        torch.testing.assert_close(bare(model, turned=True)(IDS), want, rtol=1e-5, atol=1e-4)
+        model.blocks[1].attention.out.weight *= 2 # shared: a later change is seen, in a turned copy it is not
+        plain = bare(model)
+        model.norm.weight *= 3
+        torch.testing.assert_close(plain(IDS), model(IDS), rtol=0, atol=0)
+
+
+def test_what_is_watched_or_unknown_stays_a_module():
+    model, seen = sharp(), []
+    class Adapter(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+        def forward(self, x): return self.inner(x) + 1
+    model.blocks[0].mlp.down = Adapter(model.blocks[0].mlp.down)
+    hook = model.blocks[2].mlp.register_forward_hook(lambda *args: seen.append(1))
+    plain = bare(model, turned=True)
+    assert plain.blocks[0].mlp.down is model.blocks[0].mlp.down and plain.blocks[2].mlp is model.blocks[2].mlp
+    assert not isinstance(plain.blocks[0].mlp.gate_up, torch.nn.Module)
+    assert torch.equal(generate(model, IDS, NEW, temperature=0), generate(lambda ids: model(ids), IDS, NEW, temperature=0))
+    assert len(seen) == 2*NEW + 1 # each token, with the cache and without; and the prompt
+    hook.remove()
+    assert not isinstance(bare(model).blocks[2].mlp, torch.nn.Module)
 
 
 # distributions
@@ -128,6 +184,7 @@ def test_filters_are_recorded(ledger):
     (dict(top_p=.6), [5/7, 2/7, 0, 0, 0]),
     (dict(top_p=.72), [.5/.85, .2/.85, .15/.85, 0, 0]),
     (dict(top_p=.01), [1, 0, 0, 0, 0]),
+    (dict(top_p=1e-9), [1, 0, 0, 0, 0]),                              # 1 - 1e-9 is 1 in fp32: the best stays all the same
     (dict(temperature=.5, top_p=.8), [25/29, 4/29, 0, 0, 0]),         # squared: .769, .123, .069, ...: the first two hold .892
     (dict(top_k=3, top_p=.8), [5/7, 2/7, 0, 0, 0]),                   # top-p counts what top-k left: .588, .235, .176
 ])

@@ -142,6 +142,7 @@ def test_batches_are_pure_and_mixed(template):
     seen = [two(step, micro).ids for step in range(3) for micro in range(2)][::-1]
     for k, (step, micro) in enumerate((s, m) for s in range(3) for m in range(2)): assert (one(step, micro).ids == seen[5 - k]).all()
     assert not (one(0, 0).ids == one(0, 1).ids).all(), "two micro-batches of one step are the same rows"
+    assert not (one(0, 1).ids == one(1, 0).ids).all(), "the second micro-batch of a step is the first of the next"
     batch = one(5, 1)
     assert tuple(batch.ids.shape) == (8, 32)
     replayed = (batch.ids[:, 0] == 1) & (batch.ids[:, 1] == 7)
@@ -185,6 +186,13 @@ def test_stopped_run_goes_on(template, tmp_path):
     again = [s.loss for s in sft(broken, rows, config, rows, rows, tmp_path, progress=False)]
     assert whole == again and all(torch.equal(a, b) for a, b in zip(straight.parameters(), broken.parameters()))
     assert list(sft(copy.deepcopy(base), rows, config, rows, rows, tmp_path, progress=False)) == []
+
+
+def test_micro_batches_reach_the_loop(template):
+    rows = rows_for(template, 8)
+    model = Transformer(Config(vocab_size=300, d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_hidden=48))
+    (once,), (twice,) = (list(sft(copy.deepcopy(model), rows, SFT(steps=1, batch=4, length=32, packed=False, micro=n), progress=False)) for n in (1, 2))
+    assert twice.tokens == sum(sum(m) for _, m in rows) > once.tokens > 0, "two micro-batches of four are all eight rows"
 
 
 # TRL
