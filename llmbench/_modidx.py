@@ -73,6 +73,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'llmbench.cli.do_eval': ('cli.html#do_eval', 'llmbench/cli.py'),
                               'llmbench.cli.do_lab': ('cli.html#do_lab', 'llmbench/cli.py'),
                               'llmbench.cli.do_run': ('cli.html#do_run', 'llmbench/cli.py'),
+                              'llmbench.cli.find_command': ('cli.html#find_command', 'llmbench/cli.py'),
                               'llmbench.cli.find_model': ('cli.html#find_model', 'llmbench/cli.py'),
                               'llmbench.cli.load_model': ('cli.html#load_model', 'llmbench/cli.py'),
                               'llmbench.cli.main': ('cli.html#main', 'llmbench/cli.py'),
