@@ -37,7 +37,7 @@ def main():
     if changed: sys.exit("check: run nbdev-export and nbdev-clean and commit; they change:\n  " + "\n  ".join(changed))
     if strays(): sys.exit("check: no notebook exports these modules any more; remove them:\n  " + "\n  ".join(strays()))
     run("ruff", "check", "llmbench", "tests", "benchmarks", "experiments", "data", "setup.py")
-    print(f"check: {len(list((ROOT/'nbs').rglob('*.ipynb')))} notebooks and the package are in sync, clean and linted")
+    print(f"check: {len([p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts])} notebooks and the package are in sync, clean and linted")
 
 
 if __name__ == "__main__": main()
