@@ -10,6 +10,8 @@ and number of threads, measured in the same run; the share is 6 N FLOPs a token 
 import argparse
 import os
 import statistics
+import subprocess
+import sys
 import time
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -89,6 +91,9 @@ def main():
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--types", nargs="+", default=["bf16", "fp32"])
     args = parser.parse_args()
+    if len(args.threads) > 1:  # each number of threads in a process of its own: products in bf16 remember the first number that they ran with
+        for n in args.threads: subprocess.run([sys.executable, __file__, "--threads", str(n), "--repeats", str(args.repeats), "--sizes", *args.sizes, "--types", *args.types], check=True)
+        return
     print("| parameters | type | threads | ours, ms | Llama, ms | faster by | by processor time | ours, tokens/s | peak, GFLOP/s | ours, share | Llama, share |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for threads in args.threads:
