@@ -1,6 +1,8 @@
 "Surprise of rows against pencil and paper and against transformers' loss; names stay importable from `bench.stages`"
 import math
+from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +26,17 @@ def test_rows_by_hand():
     assert told.accuracy == pytest.approx(sum(nats)/4, abs=1e-6) and told.correct == pytest.approx(sum(nats), abs=1e-5) and told.n == 2
     assert told.low == pytest.approx(min(nats[0]/3, nats[1])) and told.high == pytest.approx(max(nats[0]/3, nats[1])), "with two rows the draws are: both the one, both the other, or mixed"
     with pytest.raises(UserError, match="1 row is too little"): score_rows(Two(), rows[:1], "one", 1.)
+
+
+def test_interval_by_enumeration():
+    "All 4^4 draws of four rows of different length: sums over sums, not the mean of the rows' means"
+    rows = [([1, *[0]*9], [1]*10), ([0, 1, 1], [1]*3), ([0, 1], [1]*2), ([1, 0, 1, 0], [1]*4)]
+    p = {(0, 0): .75, (0, 1): .25, (1, 0): .1, (1, 1): .9}
+    sums = [(sum(-math.log(p[pair]) for pair in zip(ids, ids[1:])), len(ids) - 1) for ids, _ in rows]
+    def quantiles(mean): return np.quantile([mean([sums[i] for i in draw]) for draw in product(range(4), repeat=4)], [.025, .975])
+    right, wrong = quantiles(lambda d: sum(n for n, _ in d)/sum(c for _, c in d)), quantiles(lambda d: sum(n/c for n, c in d)/4)
+    told = score_rows(Two(), rows, "four", math.log(2))
+    assert (told.low, told.high) == pytest.approx(tuple(right), abs=.05) and abs(right - wrong).max() > .15
 
 
 def test_text_as_transformers_scores_it(tmp_path, ledger):
