@@ -57,7 +57,7 @@ def file_key(
 def code_key()->str: # changes with every line of the parts that make the result
     "Hash of the package's code that a result depends on"
     root = Path(llmbench.__file__).parent
-    parts = [p for row in ("core.py", "text", "model", "train", "tune", "use", "bench/stages.py") for p in sorted([root/row] if row.endswith(".py") else (root/row).glob("*.py"))]
+    parts = [p for row in ("core.py", "text", "model", "train", "tune", "use", "bench/score.py", "bench/stages.py") for p in sorted([root/row] if row.endswith(".py") else (root/row).glob("*.py"))]
     return fingerprint([p.read_text() for p in parts])
 
 # %% ../../nbs/8_bench/80_run.ipynb #70c00a1d

@@ -88,7 +88,7 @@ def balance_loss(
     router_logits:Tensor,   # (N,E) the router's scores of N tokens for E experts
     k:int,                  # experts that each token visits
     mask:Tensor|None=None,  # (N,) 1 = counts
-)->Tensor:                  # scalar; k when perfectly balanced, up to k*E/k when not
+)->Tensor:                  # scalar; k when perfectly balanced, E when all visit the same k
     "Load-balancing loss (Switch, arXiv:2101.03961, eq. 4; for k > 1 as Mixtral)"
     p = router_logits.float().softmax(-1)                                          # (N,E)
     chosen = torch.zeros_like(p).scatter_(1, p.topk(k, -1).indices, 1.)            # (N,E)

@@ -21,7 +21,7 @@ from ..model.attention import attention_weights, causal_mask, rope, rope_frequen
 from ..model.generate import filter_logits
 from ..model.transformer import Attention, Transformer
 from ..panel import Panel
-from ..show import COLOURS, heat_map, probability_bars
+from ..show import COLOURS, heat_map, probability_bars, readable
 from ..text.bpe import BPE
 
 # %% ../../nbs/7_play/72_model.ipynb #1e042f11
@@ -44,38 +44,41 @@ def town_model(
 def attention_maps(
     model:Transformer, # ours
     ids:list[int],     # one text
+    window:int=0,      # in every layer a token sees only the last so many, itself included; 0: as the model was built
 )->list[Tensor]:       # for each layer (H,T,T): row = who looks, column = at whom
     "What every head looks at"
-    maps = []
+    maps, may = [], causal_mask(len(ids), window=window or model.config.window)
     def record(layer, given):
         x, cos, sin = given[:3]
         qkv = layer.qkv(x).view(*x.shape[:2], -1, layer.D)                     # (1,T,H+2Hkv,D)
         qk = rotate(qkv[:, :, :-layer.kv], cos, sin)
         q, k = (part.transpose(1, 2) for part in qk.split([qk.shape[2] - layer.kv, layer.kv], 2))
-        maps.append(attention_weights(q, k, causal_mask(x.shape[1], window=model.config.window))[0])
+        maps.append(attention_weights(q, k, may)[0])
     hooks = [m.register_forward_pre_hook(record) for m in model.modules() if isinstance(m, Attention)]
-    try: model(torch.tensor([ids]))
+    try: model(torch.tensor([ids]), attend=may[None, None])
     finally:
         for hook in hooks: hook.remove()
     return maps
 
 # %% ../../nbs/7_play/72_model.ipynb #5d1ff7ce
 def attention_explorer(
-    text:str="Mira Bek keeps a parrot. Mira Bek lives in", # to be read
+    text:str=" You can find Seli Adra in Harbour. Seli Adra lives in", # to be read
     model:Transformer|None=None,    # None takes the town's base model
     tokenizer:BPE|None=None,        # its tokenizer
 )->Panel:                           # shows itself
-    "Heat map of one head's attention over own text"
+    "Heat map of one head's attention over own text, and what the model would write next"
     if model is None: model, tokenizer = town_model("base")
-    def draw(figure, text, layer, head):
+    def draw(figure, text, layer, head, window):
         ids = [tokenizer.bos_id, *tokenizer.encode(text)][:40]
-        names = tokenizer.pieces(ids)
-        weights = attention_maps(model, ids)[layer - 1][head - 1]
-        heat_map(weights.where(torch.ones_like(weights).tril() > 0, torch.nan), names, names, f"attention weight, layer {layer}, head {head}", (0, 1), figure=figure)
-        figure.axes[0].set(xlabel="looks at", ylabel="token")
+        names, may = tokenizer.pieces(ids), causal_mask(len(ids), window=window or model.config.window)
+        weights = attention_maps(model, ids, window)[layer - 1][head - 1]
+        with torch.inference_mode(): chance, token = model(torch.tensor([ids]), attend=may[None, None])[0, -1].softmax(-1).max(-1)
+        heat_map(weights.where(may, torch.nan), names, names, f"attention weight, layer {layer}, head {head}", (0, 1), figure=figure)
+        figure.axes[0].set(xlabel="looks at", ylabel="token", title=f"likeliest next token: {readable(tokenizer.pieces([token.item()])[0])} ({chance:.0%})")
         return weights
     return Panel(draw, size=(7.2, 5.6), text=widgets.Text(text, description="text", continuous_update=False),
-                 layer=widgets.IntSlider(1, min=1, max=model.config.n_layers, description="layer"), head=widgets.IntSlider(1, min=1, max=model.config.n_heads, description="head"))
+                 layer=widgets.IntSlider(1, min=1, max=model.config.n_layers, description="layer"), head=widgets.IntSlider(1, min=1, max=model.config.n_heads, description="head"),
+                 window=widgets.IntSlider(0, min=0, max=40, description="window (tokens, 0: all)"))
 
 # %% ../../nbs/7_play/72_model.ipynb #e9ad410f
 def rope_scores(
@@ -124,7 +127,7 @@ def next_probabilities(
 
 # %% ../../nbs/7_play/72_model.ipynb #4fcc8870
 def sampling_explorer(
-    prompt:str="Mira Bek lives in",  # what has been written
+    prompt:str=" Seli Adra",      # what has been written
     model:Transformer|None=None,   # None takes the town's base model
     tokenizer:BPE|None=None,       # its tokenizer
 )->Panel:                          # shows itself

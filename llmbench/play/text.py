@@ -4,18 +4,26 @@
 
 # %% auto #0
 __all__ = ['SAMPLES', 'BOX', 'sample_tokenizer', 'with_merges', 'token_view', 'tokenizer_explorer', 'merge_view',
-           'merge_explorer']
+           'merge_explorer', 'file_view', 'file_explorer', 'uneven_documents', 'places', 'batch_explorer']
 
 # %% ../../nbs/7_play/71_text.ipynb #c91447a9
-import html
+import html, os
 from functools import lru_cache
+from pathlib import Path
 
 import ipywidgets as widgets
+import numpy as np
+import torch
+from matplotlib.colors import to_rgba
+from matplotlib.ticker import MaxNLocator
 
 from ..panel import Panel
-from ..show import Html, readable, token_ribbon
+from .model import town_folder
+from ..show import COLOURS, INK, SERIES, Html, readable, token_ribbon
+from ..text.batch import Batch, Row, pack, pad
 from ..text.bpe import BPE
 from ..text.corpus import python_documents
+from ..text.tokenizer_file import json_path
 from ..text.world import World
 
 # %% ../../nbs/7_play/71_text.ipynb #ef0aa3cf
@@ -72,6 +80,11 @@ def tokenizer_explorer(
 # %% ../../nbs/7_play/71_text.ipynb #71384ba3
 BOX = "display:inline-block;border:1px solid rgba(128,128,128,.6);border-radius:3px;padding:0 4px;margin:0 1px;font-family:monospace;white-space:pre"
 
+def _merge_of(tokenizer, before, after):
+    "Number of the merge, from 1 in the order of learning, that made `after` of `before`"
+    i = next((i for i, (a, b) in enumerate(zip(before, after)) if a != b), len(after) - 1)
+    return tokenizer.ranks[before[i], before[i + 1]][0] + 1
+
 def merge_view(
     tokenizer:BPE, # any
     word:str,      # one chunk
@@ -81,7 +94,9 @@ def merge_view(
     steps = tokenizer.steps(word)
     shown = steps[:min(step, len(steps) - 1) + 1]
     def boxes(ids): return "".join(f'<span style="{BOX}">{html.escape(readable(tokenizer.token_bytes[t]))}</span>' for t in ids)
-    rows = "".join(f'<div style="opacity:{1 if i == len(shown) - 1 else .5};margin:2px 0">{i}: {boxes(ids)}</div>' for i, ids in enumerate(shown))
+    def why(i): return f"merge {_merge_of(tokenizer, *shown[i - 1:i + 1]):,}" if i else "bytes"
+    rows = "".join(f'<div style="opacity:{1 if i == len(shown) - 1 else .6};margin:2px 0"><span style="display:inline-block;min-width:6.5em">{why(i)}</span>{boxes(ids)}</div>'
+                   for i, ids in enumerate(shown))
     return Html(f"<div>step {len(shown) - 1} of {len(steps) - 1}: {len(shown[-1])} tokens</div>{rows}")
 
 def merge_explorer(
@@ -92,3 +107,68 @@ def merge_explorer(
     tokenizer = tokenizer or sample_tokenizer()
     return Panel(lambda word, step: merge_view(tokenizer, word, step), html=True, word=widgets.Text(word, description="word"),
                  step=widgets.IntSlider(99, min=0, max=30, description="step"))
+
+# %% ../../nbs/7_play/71_text.ipynb #662257ff
+@lru_cache(4)
+def _opened(path, stamp): return BPE.load(path)
+
+def file_view(
+    path:str|Path, # a tokenizer.json, or its folder
+    text:str,      # to be cut
+)->Html:           # what the file holds, and a ribbon
+    "A tokenizer file, and one text through it; UserError when it cannot be read exactly"
+    file = json_path(path)
+    tokenizer = _opened(str(path), file.stat().st_mtime_ns if file.exists() else 0)
+    specials = " ".join(f"<code>{html.escape(t)}</code>" for t in list(tokenizer.special_ids)[:8]) or "none"
+    longest = sorted((b for i, b in tokenizer.token_bytes.items() if i not in tokenizer.special_ids.values()), key=len)[:-7:-1]
+    facts = dict(tokens=f"{tokenizer.vocab_size:,}", merges=f"{len(tokenizer.merges):,}", special=specials + " ..."*(len(tokenizer.special_ids) > 8),
+                 longest=" ".join(f'<span style="{BOX}">{html.escape(readable(b))}</span>' for b in longest), cut=" then ".join(f"<code>{html.escape(p)}</code>" for p in tokenizer.patterns))
+    rows = "".join(f'<div style="line-height:1.6"><b style="display:inline-block;min-width:5em">{name}</b>{value}</div>' for name, value in facts.items())
+    return Html(rows + token_view(tokenizer, text, len(tokenizer.merges)))
+
+def file_explorer(
+    path:str|Path|None=None,   # a tokenizer.json, or its folder; None takes the one of the town's model
+    text:str=SAMPLES["English"], # to begin with
+)->Panel:                      # shows itself
+    "Any tokenizer.json, opened"
+    path = str(path or os.path.relpath(town_folder()/"base"))
+    return Panel(file_view, html=True, path=widgets.Text(path, description="tokenizer.json or its folder", continuous_update=False),
+                 text=widgets.Textarea(text, description="text", rows=2, layout=dict(width="min(100%, 46em)")))
+
+# %% ../../nbs/7_play/71_text.ipynb #123287a2
+def uneven_documents(
+    documents:int, # how many
+    longest:int,   # tokens at most; most are far shorter
+    seed:int=0,    # of the lengths
+)->list[Row]:      # document i is i, i, i, ... and counts everywhere
+    "Documents with lengths as uneven as those of real text"
+    shares = torch.rand(documents, generator=torch.Generator().manual_seed(seed))**3
+    return [([i]*n, [1]*n) for i, n in enumerate((2 + (longest - 2)*shares).round().int().tolist())]
+
+def places(
+    batch:Batch,  # of `uneven_documents`
+)->np.ndarray:    # (B,T,4) colours
+    "A colour for each document, grey where a token does not count, nothing where nothing stands"
+    image = np.array([to_rgba(colour) for colour in SERIES[:4]])[batch.ids.numpy() % 4]
+    image[batch.mask.numpy() == 0] = to_rgba(COLOURS["masked"], .55)
+    image[batch.segments.numpy() == 0] = 0
+    return image
+
+# %% ../../nbs/7_play/71_text.ipynb #fd85f277
+def batch_explorer()->Panel: # shows itself
+    "The same documents padded and packed: places, share filled, block mask"
+    def draw(figure, documents, longest, row, seed):
+        rows = uneven_documents(documents, longest, seed)
+        padded, packed = pad(rows), pack(rows, row)
+        panes = figure.subplots(1, 3, width_ratios=(1, 1, .8))
+        for ax, name, batch in zip(panes, ("padded", "packed"), (padded, packed)):
+            ax.imshow(places(batch), aspect="auto", interpolation="nearest")
+            ax.set(xlabel="place in the row (tokens)", ylabel="row", title=f"{name}: {batch.ids.numel():,} places, {batch.filled():.0%} filled")
+        panes[2].imshow(np.where(packed.attend()[0, 0, :, :, None], to_rgba(COLOURS["chosen"]), (0, 0, 0, 0)), aspect="auto", interpolation="nearest")
+        panes[2].set(xlabel="key", ylabel="query", title="who may look, row 0")
+        for ax in panes:
+            ax.patch.set(facecolor="none", edgecolor=INK, hatch="////", linewidth=0)
+            for axis in (ax.xaxis, ax.yaxis): axis.set_major_locator(MaxNLocator(integer=True))
+        return padded.filled(), packed.filled()
+    return Panel(draw, size=(9.6, 3.4), documents=widgets.IntSlider(16, min=2, max=40, description="documents"), longest=widgets.IntSlider(28, min=2, max=64, description="longest document (tokens)"),
+                 row=widgets.IntSlider(32, min=4, max=64, description="packed row (tokens)"), seed=widgets.IntSlider(0, min=0, max=20, description="seed"))

@@ -1,5 +1,8 @@
 "The course's widgets in a real JupyterLab: by keyboard, by mouse, and no error swallowed"
 import time
+from pathlib import Path
+
+NBS = Path(__file__).parent.parent.parent/"nbs"
 
 CASES = ["from llmbench.play.text import tokenizer_explorer, merge_explorer\npanel = tokenizer_explorer()\npanel", "panel2 = merge_explorer()\npanel2"]
 MODEL = ["from llmbench.play.model import attention_explorer, rope_explorer, sampling_explorer\nattention = attention_explorer()\nattention",
@@ -78,4 +81,42 @@ def test_live_training(lab):
     wait(lambda: page.python("live._busy()") == "False", 60)
     assert page.python("len(live.records)") == "20"
     page.screenshot("play-train")
+    assert page.errors() == []
+
+
+def play_panel(page):
+    "The first panel below the notebook's heading *Play*"
+    return page.panel(page.tab.evaluate("""() => {
+        const all = [...document.querySelectorAll('.llmbench-panel, .jp-RenderedMarkdown h2')], at = all.findIndex(e => e.tagName === 'H2' && e.textContent.replace('¶', '').trim() === 'Play');
+        if (at < 0) throw new Error('no heading Play');
+        return document.querySelectorAll('.llmbench-panel').length - all.slice(at).filter(e => e.tagName !== 'H2').length; }"""))
+
+
+def test_two_notebooks_play_sections(lab):
+    "The widget where the reader finds it: in the whole notebook, run from the top, moved, without an error anywhere"
+    page = lab.open(NBS/"6_use"/"60a_intervals.ipynb").run_all()
+    exams = play_panel(page)
+    before = exams.picture()
+    with exams.changes(): exams.drag("true share", 1.)
+    with exams.changes(): exams.choose("recipe", "textbook")
+    assert page.python("panel.values['recipe']") == "'textbook'" and exams.picture() != before
+    missed = int(page.python("panel.figure.axes[0].get_title().split(': ')[1].split()[0]").strip("'"))
+    assert missed > 50, "at a true share of 99.5 % nearly every exam of 20 is perfect, and the textbook's interval a point"
+    page.screenshot("play-intervals", full=False)
+    page.theme("dark")
+    page.screenshot("play-intervals-dark", full=False)
+    assert page.errors() == []
+
+    page = lab.open(NBS/"8_bench"/"80_run.ipynb").run_all()
+    plan = play_panel(page)
+    with plan.changes(): plan.press("pre-training steps", "ArrowRight")
+    wait(lambda: plan.content().count("to do") == 3)
+    with plan.changes(): plan.drag("seed", 1.)
+    assert page.python("panel.values['seed']") == "9" and plan.content().count("to do") == 5
+    page.theme("light")
+    page.screenshot("play-plan", full=False)
+    page.theme("dark")
+    page.screenshot("play-plan-dark", full=False)
+    ink, paper = (page.tab.evaluate(f"() => getComputedStyle(document.querySelector('.llmbench-panel td')).{what}") for what in ("color", "backgroundColor"))
+    assert sum(map(int, ink[4:-1].split(",")[:3])) > 3*140, f"letters of {ink} on a dark page ({paper})"
     assert page.errors() == []

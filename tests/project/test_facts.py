@@ -11,8 +11,10 @@ import pytest
 import llmbench
 
 ROOT = Path(__file__).parent.parent.parent
-ROWS = ["core", "text", "model", "train", "tune", "align", "use", "play", "bench", "box", "cli"]  # `show` and `panel` stand beside them
+ROWS = ["core", "text", "model", "train", "tune", "align", "use", "play", "bench", "box", "cli"]
+BESIDE = ("theme", "show", "panel")  # stand beside the rows and know none of them but core
 MODULES = sorted(p for p in (ROOT/"llmbench").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+LONGER = {"cli": 450, "practice": 400}  # lists, not stages: an options class for each command, a check for each exercise of a part
 FOREIGN = {"transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets"}
 
 
@@ -56,10 +58,10 @@ def test_imports_point_downward(path):
     for name in imports(path):
         if name.split(".")[0] == "llmbench":
             other = name.split(".")[1] if "." in name else "core"
-            if mine in ("show", "panel"): assert other in ("core", "show", "panel"), f"{path.name} imports {name}"
+            if mine in BESIDE: assert other in ("core", *BESIDE), f"{path.name} imports {name}"
             elif mine == "practice": pass
             elif other in ROWS: assert ROWS.index(other) <= ROWS.index(mine), f"{path.name} imports {name}, which stands above it"
-            elif other in ("show", "panel"): assert ROWS.index(mine) >= ROWS.index("play"), f"{path.name} imports {name}"
+            elif other in BESIDE: assert ROWS.index(mine) >= ROWS.index("play"), f"{path.name} imports {name}"
         if mine in ROWS[:ROWS.index("play")]: assert name.split(".")[0] not in FOREIGN, f"{path.name}: a from-scratch part imports {name}"
         if name.split(".")[0] == "ipywidgets": assert mine in ("play", "panel"), f"{path.name} imports ipywidgets"
 
@@ -67,7 +69,8 @@ def test_imports_point_downward(path):
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: ".".join(p.relative_to(ROOT/"llmbench").with_suffix("").parts))
 def test_modules_are_short_and_documented(path):
     tree = ast.parse(path.read_text())
-    assert path.read_text().count("\n") <= 400, f"{path}: two stages in one?"
+    most = LONGER.get(part(path), 300)
+    assert path.read_text().count("\n") <= most, f"{path}: over {most} lines; two stages in one?"
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
             assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"

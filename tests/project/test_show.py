@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
-from llmbench import show
+from llmbench import show, theme
 from llmbench.show import (COLOURS, COUNTS, INK, MASKED, Html, Picture, cjk_font, drawable, fonts, heat_map, loss_curves, new_figure, neutral, png,
                            probability_bars, readable, running_mean, svg, tint, token_ribbon)
 
@@ -167,8 +167,8 @@ def test_chinese_is_drawn_without_a_warning():
 
 
 def test_without_a_chinese_font(monkeypatch):
-    monkeypatch.setattr(show, "cjk_font", lambda: None)
-    show._say_once.cache_clear()
+    for module in (theme, show): monkeypatch.setattr(module, "cjk_font", lambda: None)
+    theme._say_once.cache_clear()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         figure = heat_map([[1, 2]], ["云 a"], ["b", "村"], "权")
