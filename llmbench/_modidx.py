@@ -40,6 +40,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'llmbench.bench.score.samples_of': ('8_bench/score.html#samples_of', 'llmbench/bench/score.py'),
                                       'llmbench.bench.score.score_chat': ('8_bench/score.html#score_chat', 'llmbench/bench/score.py'),
                                       'llmbench.bench.score.score_rows': ('8_bench/score.html#score_rows', 'llmbench/bench/score.py'),
+                                      'llmbench.bench.score.score_second': ('8_bench/score.html#score_second', 'llmbench/bench/score.py'),
                                       'llmbench.bench.score.score_text': ('8_bench/score.html#score_text', 'llmbench/bench/score.py'),
                                       'llmbench.bench.score.score_town': ('8_bench/score.html#score_town', 'llmbench/bench/score.py')},
             'llmbench.bench.stages': { 'llmbench.bench.stages.Pretrain': ('8_bench/stages.html#pretrain', 'llmbench/bench/stages.py'),

@@ -156,7 +156,7 @@ def report(
     page = Environment(autoescape=True).from_string(PAGE).render(
         style=Markup(STYLE), name=config["name"], when=when, machine=machine, tiles=_tiles(records, total), curves=curves, parity=parity,
         title=f"A language model, made in {duration(total)}", scores=rows, samples=facts.get("samples", []),
-        scores_text="Before is the base model, after is the tuned one; both get the same questions in the same form." + (" 'heldout' people stand in the pre-training text but never in a training question; 'unknown' people deserve an \"I don't know\"." if town else ""),
+        scores_text="Before is the base model, after is the tuned one; both get the same questions in the same form." + (" 'heldout' people stand in the pre-training text but never in a training question; 'second': the same questions, each as the second one of a talk; 'unknown' people deserve an \"I don't know\"." if town else ""),
         bars=Markup("".join(score_bars([s for s in facts["scores"] if s["unit"] == unit]) for unit in dict.fromkeys(s["unit"] for s in facts["scores"]))) if rows else "", next=_next(config["name"], town), config=_pretty(config),
         ribbon=Markup(token_ribbon(records["bpe"]["facts"]["sample"])) if "bpe" in records else "",
         stages=[dict(name=s, text=stage_text(s, r["facts"]), seconds=duration(r["seconds"]), memory=f"{r['memory_gb']:.1f} GB") for s, r in records.items()])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['write_lines', 'read_lines', 'Source', 'collect', 'texts_of', 'tokenize', 'Pretrain', 'pretrain', 'last_step', 'tune',
-           'judge', 'document_rows', 'first_prompt', 'samples_of', 'score_chat', 'score_rows', 'score_text',
-           'score_town']
+           'judge', 'document_rows', 'first_prompt', 'samples_of', 'score_chat', 'score_rows', 'score_second',
+           'score_text', 'score_town']
 
 # %% ../../nbs/8_bench/83_stages.ipynb #642a9ca9
 import json, math
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .score import document_rows, first_prompt, samples_of, score_chat, score_rows, score_text, score_town
+from .score import document_rows, first_prompt, samples_of, score_chat, score_rows, score_second, score_text, score_town
 from ..core import UserError, write_json, write_whole
 from ..model.transformer import Config, Transformer
 from ..text.batch import draw, pack
@@ -26,7 +26,7 @@ from ..train.loss import bits_per_byte
 from ..tune.chat import ChatTemplate, read_conversations
 from ..tune.sft import SFT, rows_of, sft
 
-_all_ = ["document_rows", "first_prompt", "samples_of", "score_chat", "score_rows", "score_text", "score_town"]
+_all_ = ["document_rows", "first_prompt", "samples_of", "score_chat", "score_rows", "score_second", "score_text", "score_town"]
 
 # %% ../../nbs/8_bench/83_stages.ipynb #5fc2840c
 def write_lines(
@@ -65,7 +65,8 @@ def collect(
     "Read or generate everything that the other stages need"
     if source.town:
         world = World(seed, source.people)
-        documents, conversations = world.documents("both"), world.conversations("both", "sft")
+        documents = world.documents("both")
+        conversations = [c for turns in (1, 2, 3) for c in world.conversations("both", "sft", turns)] # who is only ever asked once cannot hold a talk
         questions = world.questions("both", "heldout")
     else:
         conversations, questions = [c for path in source.chat for c in read_conversations(path)], []
