@@ -27,7 +27,7 @@ class Run:
     source:Source=Source()       # documents and conversations
     model:Config=Config(vocab_size=600, d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, d_hidden=344, max_length=128) # shape; vocab_size is the tokenizer's too
     pretrain:Pretrain=Pretrain() # the base model
-    sft:SFT=SFT(steps=160, length=96, lr=3e-3, matrix_lr=.02) # the model that answers
+    sft:SFT=SFT(steps=200, length=96, lr=3e-3, matrix_lr=.02) # the model that answers
 
 def own_files(
     text:tuple[str, ...]=(), # files or folders of documents
