@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['NF4_CODE', 'INT4_CODE', 'FP4_CODE', 'CODES', 'DYNAMIC_CODE', 'GRID', 'normal_code', 'nearest', 'pack', 'unpack',
            'dynamic_code', 'quantize_scales', 'dequantize_scales', 'Quantized', 'check_block', 'check_weights',
-           'quantize', 'dequantize', 'bits_per_parameter', 'to_tensors', 'from_tensors', 'NF4Product', 'NF4Linear']
+           'byte_table', 'quantize', 'dequantize', 'bits_per_parameter', 'to_tensors', 'from_tensors', 'NF4Product',
+           'NF4Linear']
 
-# %% ../../nbs/4_tune/43_nf4.ipynb #ac04f287
+# %% ../../nbs/4_tune/43_nf4.ipynb #9a700260
 import json
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -153,7 +155,16 @@ def check_weights(
     bad = (~w.isfinite()).nonzero()
     if len(bad): raise UserError(f"{len(bad)} of {w.numel()} weights are not finite, the first at {bad[0].tolist()}", where=where, mend="The checkpoint is broken, or training diverged before it was saved")
 
-# %% ../../nbs/4_tune/43_nf4.ipynb #64713ebb
+# %% ../../nbs/4_tune/43_nf4.ipynb #82649193
+@lru_cache
+def byte_table(
+    code:str,    # a name in CODES
+    device=None, # where it shall be
+)->Tensor:       # (256,) int64: the two fp32 values of each byte, side by side
+    "Both values of every byte, to be fetched in one go"
+    names = unpack(torch.arange(256, dtype=torch.uint8), 512)
+    return CODES[code][names.long()].view(torch.int64).to(device)
+
 def quantize(
     w:Tensor,          # any shape, fp32, fp16 or bf16
     block:int=64,      # weights that share a scale, along memory
@@ -183,8 +194,9 @@ def dequantize(
     "The tensor again, up to rounding; computed in 32 bits"
     absmax = q.absmax if q.nested is None else dequantize_scales(q.absmax, q.nested, q.offset)
     n = torch.Size(q.shape).numel()
-    values = CODES[q.code].to(q.packed.device)[unpack(q.packed, n).long()]
-    return (values*absmax.repeat_interleave(q.block)[:n]).view(q.shape).to(dtype or q.dtype)
+    values = byte_table(q.code, q.packed.device).index_select(0, q.packed.int()).view(torch.float32)[:n]
+    if n % q.block: values = F.pad(values, (0, -n % q.block))
+    return (values.view(-1, q.block)*absmax[:, None]).view(-1)[:n].view(q.shape).to(dtype or q.dtype)
 
 # %% ../../nbs/4_tune/43_nf4.ipynb #756d50c1
 def bits_per_parameter(
@@ -235,7 +247,7 @@ class NF4Product(torch.autograd.Function):
     def backward(ctx, grad):
         return grad @ dequantize(ctx.q, grad.dtype), None
 
-# %% ../../nbs/4_tune/43_nf4.ipynb #0d5134fd
+# %% ../../nbs/4_tune/43_nf4.ipynb #f9c45e5c
 class NF4Linear(nn.Module):
     "A frozen linear layer in 4 bits"
     def __init__(self,
@@ -247,6 +259,7 @@ class NF4Linear(nn.Module):
         if len(q.shape) != 2: raise UserError(f"a linear layer has a matrix, not a tensor of shape {q.shape}", where="NF4Linear")
         self.q, (self.out_features, self.in_features) = q, q.shape
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.register_buffer("here", torch.empty(0, device=q.packed.device), persistent=False) # on the device of the state, for those who look where a layer lives
 
     @classmethod
     def from_linear(cls,
