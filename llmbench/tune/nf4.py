@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NF4_CODE', 'INT4_CODE', 'FP4_CODE', 'CODES', 'DYNAMIC_CODE', 'GRID', 'normal_code', 'nearest', 'pack', 'unpack',
-           'dynamic_code', 'quantize_scales', 'dequantize_scales', 'Quantized', 'check_block', 'check_weights',
+           'dynamic_code', 'quantize_scales', 'dequantize_scales', 'check_block', 'check_weights', 'Quantized',
            'byte_table', 'quantize', 'dequantize', 'bits_per_parameter', 'to_tensors', 'from_tensors', 'NF4Product',
            'NF4Linear']
 
@@ -72,8 +72,8 @@ def dynamic_code()->Tensor: # (256,) fp32, rising from -0.993 to 1
 
 DYNAMIC_CODE = dynamic_code()
 
-# %% ../../nbs/4_tune/43_nf4.ipynb #2a22e1de
-GRID = 65_535 # steps of bitsandbytes' table on a CPU
+# %% ../../nbs/4_tune/43_nf4.ipynb #5753139a
+GRID = 65_535 # steps between the points of bitsandbytes' table on a CPU
 
 def quantize_scales(
     absmax:Tensor, # (N,) fp32 scales
@@ -82,9 +82,9 @@ def quantize_scales(
     offset = absmax.mean()
     parts = F.pad(absmax - offset, (0, -len(absmax) % 256)).view(-1, 256)     # (N/256,256)
     nested = parts.abs().amax(1)
-    x = parts*(1/nested)[:, None]
+    x = (parts*(1/nested)[:, None]).nan_to_num()                              # a block of zeros gives NaN
     x = ((x.clamp(-1, 1) + 1)*0.5*GRID + 0.5).int().float()*2/GRID - 1
-    names = torch.where(nested[:, None] == 0, 0, nearest(x.nan_to_num(), DYNAMIC_CODE.to(x.device)))
+    names = torch.where(nested[:, None] == 0, 0, nearest(x, DYNAMIC_CODE.to(x.device)))
     return names.flatten()[:len(absmax)], nested, offset
 
 def dequantize_scales(
@@ -94,6 +94,29 @@ def dequantize_scales(
 )->Tensor:         # (N,) fp32
     "The scales again, nearly"
     return DYNAMIC_CODE.to(names.device)[names.long()]*nested.repeat_interleave(256)[:len(names)] + offset
+
+# %% ../../nbs/4_tune/43_nf4.ipynb #79918f33
+def check_block(
+    block:int, # weights that share a scale
+    code:str,  # a name in CODES
+)->None:
+    "UserError unless block and code are known"
+    if code not in CODES: raise UserError(f"no code book {code!r}", where="code", mend=f"There are {', '.join(CODES)}")
+    if not isinstance(block, int) or isinstance(block, bool) or block & (block - 1) or not 16 <= block <= 4096:
+        raise UserError(f"{block!r} is no block size", where="block", mend="Take a power of two from 16 to 4096; 64 is usual, bitsandbytes has 32 to 4096")
+
+def check_weights(
+    w,         # what somebody wants in 4 bits
+    where:str, # its name, for the message
+)->None:
+    "UserError unless it is a tensor of finite 16- or 32-bit numbers"
+    if not isinstance(w, Tensor): raise UserError(f"expected a tensor, found {type(w).__name__}", where=where)
+    if w.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        mend = "It looks quantised already: quantise the original, once" if not w.dtype.is_floating_point else "Convert it with .float() first"
+        raise UserError(f"cannot quantise {w.dtype}", where=where, mend=mend)
+    if not w.numel(): raise UserError(f"nothing to quantise in a tensor of shape {tuple(w.shape)}", where=where)
+    bad = (~w.isfinite()).nonzero()
+    if len(bad): raise UserError(f"{len(bad)} of {w.numel()} weights are not finite, the first at {bad[0].tolist()}", where=where, mend="The checkpoint is broken, or training diverged before it was saved")
 
 # %% ../../nbs/4_tune/43_nf4.ipynb #6d9bcdc2
 @dataclass(eq=False)
@@ -131,29 +154,6 @@ class Quantized:
         "Move; a cast would break the bytes, so there is none"
         moved = {name: getattr(self, name).to(device) for name in ("packed", "absmax", "nested", "offset") if getattr(self, name) is not None}
         return replace(self, **moved)
-
-# %% ../../nbs/4_tune/43_nf4.ipynb #79918f33
-def check_block(
-    block:int, # weights that share a scale
-    code:str,  # a name in CODES
-)->None:
-    "UserError unless block and code are known"
-    if code not in CODES: raise UserError(f"no code book {code!r}", where="code", mend=f"There are {', '.join(CODES)}")
-    if not isinstance(block, int) or isinstance(block, bool) or block & (block - 1) or not 16 <= block <= 4096:
-        raise UserError(f"{block!r} is no block size", where="block", mend="Take a power of two from 16 to 4096; 64 is usual, bitsandbytes has 32 to 4096")
-
-def check_weights(
-    w,         # what somebody wants in 4 bits
-    where:str, # its name, for the message
-)->None:
-    "UserError unless it is a tensor of finite 16- or 32-bit numbers"
-    if not isinstance(w, Tensor): raise UserError(f"expected a tensor, found {type(w).__name__}", where=where)
-    if w.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        mend = "It looks quantised already: quantise the original, once" if not w.dtype.is_floating_point else "Convert it with .float() first"
-        raise UserError(f"cannot quantise {w.dtype}", where=where, mend=mend)
-    if not w.numel(): raise UserError(f"nothing to quantise in a tensor of shape {tuple(w.shape)}", where=where)
-    bad = (~w.isfinite()).nonzero()
-    if len(bad): raise UserError(f"{len(bad)} of {w.numel()} weights are not finite, the first at {bad[0].tolist()}", where=where, mend="The checkpoint is broken, or training diverged before it was saved")
 
 # %% ../../nbs/4_tune/43_nf4.ipynb #82649193
 @lru_cache
@@ -247,7 +247,7 @@ class NF4Product(torch.autograd.Function):
     def backward(ctx, grad):
         return grad @ dequantize(ctx.q, grad.dtype), None
 
-# %% ../../nbs/4_tune/43_nf4.ipynb #f9c45e5c
+# %% ../../nbs/4_tune/43_nf4.ipynb #3c49d257
 class NF4Linear(nn.Module):
     "A frozen linear layer in 4 bits"
     def __init__(self,
@@ -278,7 +278,6 @@ class NF4Linear(nn.Module):
         x:Tensor, # (..., in)
     )->Tensor:    # (..., out) in the type of x, or of autocast
         "The product with the unpacked weights"
-        if torch.is_autocast_enabled(x.device.type): x = x.to(torch.get_autocast_dtype(x.device.type))
         y = NF4Product.apply(x, self.q)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

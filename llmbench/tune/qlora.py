@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['HEADS', 'quantize_model', 'footprint', 'merged_weight', 'merged_layer', 'merge_nf4', 'survival']
 
-# %% ../../nbs/4_tune/43a_qlora.ipynb #94fc5c5a
+# %% ../../nbs/4_tune/43a_qlora.ipynb #1cef34cf
 from collections import Counter
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..core import UserError
 from .lora import LoRALinear, lora_layers
-from .nf4 import NF4Linear, dequantize
+from .nf4 import NF4Linear, dequantize, quantize
 
 # %% ../../nbs/4_tune/43a_qlora.ipynb #17861fbe
 HEADS = ("head", "lm_head", "score", "classifier") # left in full precision, as transformers does
@@ -45,7 +46,7 @@ def footprint(
     tensors = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
     return sum(tensors.values()) + sum(m.q.nbytes for m in model.modules() if isinstance(m, NF4Linear))
 
-# %% ../../nbs/4_tune/43a_qlora.ipynb #d3e9fcba
+# %% ../../nbs/4_tune/43a_qlora.ipynb #3f3a92c1
 def merged_weight(
     layer:LoRALinear,           # adapters beside a 4-bit base
     original:Tensor|None=None,  # (out,in) the weights before they were quantised; None takes the unpacked ones
@@ -61,22 +62,23 @@ def merged_layer(
     layer:LoRALinear,                 # adapters beside a 4-bit base
     original:nn.Module|None=None,     # the linear layer before it was quantised; None: the unpacked weights
     four_bits:bool=False,             # store the sum in 4 bits again
-    dtype:torch.dtype=torch.bfloat16, # else in this type
+    dtype:torch.dtype|None=None,      # else in this type; None: that of the original
     where:str="layer",                # its name, for error messages
 )->nn.Module:                         # NF4Linear or nn.Linear, frozen
     "One layer that does what base and adapters did, nearly"
     if original is not None and getattr(original, "weight", None) is None: raise UserError(f"the original has no weights at {where}", where="original", mend="Load the base that was quantised")
     weight, q, bias = merged_weight(layer, getattr(original, "weight", None)), layer.base.q, layer.base.bias
-    plain = nn.Linear(layer.in_features, layer.out_features, bias is not None, device=weight.device, dtype=torch.float32 if four_bits else dtype).requires_grad_(False)
+    if four_bits: return NF4Linear(replace(quantize(weight, q.block, q.nested is not None, q.code, where), dtype=q.dtype), bias)
+    plain = nn.Linear(layer.in_features, layer.out_features, bias is not None, device=weight.device, dtype=dtype or q.dtype).requires_grad_(False)
     plain.weight.copy_(weight)
     if bias is not None: plain.bias.copy_(bias)
-    return NF4Linear.from_linear(plain, q.block, q.nested is not None, q.code, where) if four_bits else plain
+    return plain
 
 def merge_nf4(
     model:nn.Module,                  # adapters beside 4-bit layers; changed in place
     original:nn.Module|None=None,     # the model before it was quantised: updates are added to its weights instead of the unpacked ones
     four_bits:bool=False,             # store the sums in 4 bits again
-    dtype:torch.dtype=torch.bfloat16, # else in this type
+    dtype:torch.dtype|None=None,      # else in this type; None: that of the original
 )->nn.Module:                         # the model, without adapters
     "Merge adapters over a 4-bit base; UserError, before anything changes, when there is nothing of the kind or the original is another model"
     layers = {path: layer for path, layer in lora_layers(model).items() if isinstance(layer.base, NF4Linear)}

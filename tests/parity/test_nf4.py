@@ -17,6 +17,7 @@ from llmbench.tune.nf4 import (
     NF4Linear,
     NF4Product,
     bits_per_parameter,
+    byte_table,
     dequantize,
     dequantize_scales,
     from_tensors,
@@ -56,6 +57,7 @@ TENSORS = {
     "small": drawn(172, 344, seed=11)*.02,
     "midpoints": ((NF4_CODE[1:] + NF4_CODE[:-1])/2).repeat(13),
     "narrow": drawn(6, 48, seed=12),
+    "midpoints in a short block": torch.cat([torch.ones(1), (NF4_CODE[1:] + NF4_CODE[:-1])/2])*(torch.rand(1, generator=torch.Generator().manual_seed(2)) + .5),  # a division and a product with the reciprocal differ
 }
 
 
@@ -264,6 +266,16 @@ def test_autocast_and_checkpointing_keep_the_gradients():
         assert layer(x).dtype == torch.bfloat16
         half = gradient(lambda f: f(x).float())
     assert (half - plain).norm() < .02*plain.norm()
+
+
+def test_made_and_evaluated_in_inference_mode_it_still_trains():
+    byte_table.cache_clear()
+    with torch.inference_mode():
+        layer = NF4Linear.from_linear(nn.Linear(64, 32))
+        layer(drawn(2, 64))
+    x = drawn(2, 64).requires_grad_()
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad, dequantize(layer.q).sum(0).expand(2, 64), atol=1e-6)
 
 
 def test_casting_the_model_leaves_the_bits():

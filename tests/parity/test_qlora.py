@@ -176,9 +176,14 @@ def test_four_ways_of_merging_by_hand(bias):
                 got = dequantize(layer.q) if four else layer.weight
                 want = dequantize(quantize(summed.detach(), 64, True)) if four else summed
                 assert (got - want).abs().max() < 1e-6, (path, four)
-            ways[onto is None, four] = float((merged(x) - said).norm()/said.norm())
+            ways[onto is None, four] = float((merged(x) - said).detach().norm()/said.detach().norm())
     assert ways[True, False] < 1e-5 < min(ways[True, True], ways[False, False], ways[False, True])
-    assert merge_nf4(copy.deepcopy(model)).get_submodule("0").weight.dtype == torch.bfloat16
+    assert merge_nf4(copy.deepcopy(model)).get_submodule("0").weight.dtype == torch.float32
+    assert merge_nf4(copy.deepcopy(model), dtype=torch.bfloat16).get_submodule("0").weight.dtype == torch.bfloat16
+    half = small(bias).bfloat16()
+    quantize_model(half)
+    with_update(half, .05)
+    assert merge_nf4(copy.deepcopy(half)).get_submodule("0").weight.dtype == merge_nf4(half, four_bits=True).get_submodule("0").q.dtype == torch.bfloat16
 
 
 def test_a_small_update_is_rounded_away():
