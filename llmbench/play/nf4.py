@@ -51,7 +51,7 @@ def rms_error(
     w = weights_of(source, outlier)
     return (dequantize(quantize(w, block, double, code)) - w).pow(2).mean().sqrt().item()
 
-# %% ../../nbs/7_play/74b_nf4.ipynb #51e915cd
+# %% ../../nbs/7_play/74b_nf4.ipynb #4040c20d
 LOOKS = dict(nf4=(COLOURS["trained"], "o"), int4=(COLOURS["rejected"], "s"), fp4=(COLOURS["chosen"], "^"))
 
 def draw_values(
@@ -93,10 +93,10 @@ def nf4_explorer()->Panel: # shows itself
         draw_values(left, source, outlier, block, code)
         draw_price(right, source, outlier, block, code, double)
         return dict(bits=bits_per_parameter(block, double), error=rms_error(source, outlier, code, block, double))
-    return Panel(draw, size=(8.6, 3.6), source=widgets.Dropdown(options=SOURCES, description="weights"), outlier=widgets.IntSlider(0, min=0, max=100, step=5, description="outlier (standard deviations)"),
+    return Panel(draw, size=(8.6, 3.6), source=widgets.Dropdown(options=SOURCES, description="weights"), outlier=widgets.IntSlider(0, min=0, max=100, step=5, description="outlier (sd)"),
                  block=widgets.SelectionSlider(options=BLOCKS, value=64, description="block"), code=widgets.Dropdown(options=list(CODES), description="code"), double=widgets.Checkbox(False, description="scales in 8 bits"))
 
-# %% ../../nbs/7_play/74b_nf4.ipynb #82746696
+# %% ../../nbs/7_play/74b_nf4.ipynb #c35f9998
 @lru_cache
 def merged_both(
     size:float,       # standard deviation of the update, in standard deviations of the weights
@@ -127,5 +127,5 @@ def merge_explorer()->Panel: # shows itself
         ax.set(xlabel="update (standard deviations of the weights; means of 400)", ylabel="change that is left", title=f"update of rank {rank}, size {10**strength:.3f}")
         ax.legend(frameon=False, loc="upper left")
         return left
-    return Panel(draw, (7, 3.6), strength=widgets.FloatSlider(-1.5, min=-3, max=0, step=.25, description="log10 of the update's size"),
+    return Panel(draw, (7, 3.6), strength=widgets.FloatSlider(-1.5, min=-3, max=0, step=.25, description="log10 of size"),
                  rank=widgets.IntSlider(8, min=1, max=64, description="rank"), block=widgets.SelectionSlider(options=BLOCKS, value=64, description="block"), code=widgets.Dropdown(options=list(CODES), description="code"))

@@ -8,11 +8,11 @@ def test_nf4_and_merge_explorers(lab):
     with values.changes(): values.choose("weights", "flat")
     with values.changes(): values.choose("code", "int4")
     with values.changes(): values.press("block", "ArrowRight")
-    with values.changes(): values.drag("outlier (standard deviations)", .5)
+    with values.changes(): values.drag("outlier (sd)", .5)
     with values.changes(): values.press("scales in 8 bits", "Space")
     assert page.python("(values.values['source'], values.values['code'], values.values['block'], values.values['double'])") == "('flat', 'int4', 128, True)"
     assert page.python("values.values['outlier']") == "50"
-    with merging.changes(): merging.drag("log10 of the update's size", .1)
+    with merging.changes(): merging.drag("log10 of size", .1)
     with merging.changes(): merging.press("rank", "ArrowRight", times=3)
     with merging.changes(): merging.choose("code", "fp4")
     assert page.python("merging.values['rank']") == "11"
