@@ -80,7 +80,7 @@ def town_update(
     "A real update of the town's base model"
     return Update(town_model("base")[0], town_tuned() if optimizer == "AdamW" else town_model("tuned")[0])
 
-# %% ../../nbs/7_play/74a_lora.ipynb #ed648fe7
+# %% ../../nbs/7_play/74a_lora.ipynb #1cec7777
 def _spectrum(ax, s, r, size):
     "Singular values, the kept ones in green"
     x = torch.arange(1, len(s) + 1)
@@ -92,9 +92,19 @@ def _losses(ax, update, r, strength):
     "Loss before tuning, as cut down, and as tuned"
     names, values = ["W alone", f"rank {r}, alpha/r = {strength:.2g}", "whole update"], [update.loss(1, 0.), update.loss(r, strength), update.loss(10**4, 1.)]
     for name, value, colour in zip(names, values, ("masked", "trained", "chosen")): ax.barh(name, value, color=COLOURS[colour])
-    for y, value in enumerate(values): ax.text(min(value, 2.*values[0]), y, f" {value:.3f}", va="center")
-    ax.set(xlabel="loss of held-out answers (nats/token)", xlim=(0, 2.5*values[0]), title="all maps of the model, cut down alike")
+    for y, value in enumerate(values): ax.text(min(value, 2*values[0]), y, f" {value:.3f}", va="center")
+    ax.set(xlabel="loss of held-out answers (nats/token)", xlim=(0, 1.3*min(max(values), 2*values[0])), title="all maps of the model, cut down alike")
     ax.invert_yaxis()
+
+def _maps(axes, W, BA, corner=48):
+    "The upper left corner of W, of the update, and of their sum; the first and last in the same colours"
+    wide, thin = W.abs().max().item(), max(BA.abs().max().item(), 1e-9)
+    ratio = wide/thin
+    titles = (f"corner of W ({W.shape[0]} x {W.shape[1]})", "(alpha/r) B A, colours " + (f"{ratio:.2g} times as sensitive" if ratio >= 1 else f"{1/ratio:.2g} times as coarse"), "W + (alpha/r) B A")
+    for ax, x, limit, title in zip(axes, (W, BA, W + BA), (wide, thin, wide), titles):
+        ax.imshow(x[:corner, :corner], cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+        ax.set(xticks=[], yticks=[], xlabel="input", ylabel="output")
+        ax.set_title(title, fontsize=9)
 
 def rank_explorer(
     first:str="attention.out", # which map to begin with
@@ -109,12 +119,7 @@ def rank_explorer(
         left, right = above.subplots(1, 2)
         _spectrum(left, s, rank, (s.norm()/W.norm()).item())
         _losses(right, update, rank, strength)
-        wide, thin = W.abs().max().item(), max(BA.abs().max().item(), 1e-9)
-        titles = (f"W, {W.shape[0]} x {W.shape[1]}", f"(alpha/r) B A, colours {wide/thin:.0f} times as sensitive", "W + (alpha/r) B A")
-        for ax, x, limit, title in zip(below.subplots(1, 3), (W, BA, W + BA), (wide, thin, wide), titles):
-            ax.imshow(x, cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-            ax.set(xticks=[], yticks=[])
-            ax.set_title(title, fontsize=9)
+        _maps(below.subplots(1, 3), W, BA)
         return update.loss(rank, strength)
     return Panel(draw, size=(9, 5.6), optimizer=widgets.Dropdown(options=["AdamW", "Muon"], description="update by"), layer=widgets.IntSlider(layer, min=1, max=4, description="block"),
                  matrix=widgets.Dropdown(options=list(maps), value=first, description="map"), rank=widgets.IntSlider(4, min=1, max=64, description="rank r"),

@@ -245,7 +245,7 @@ def load_lora(
     use_lora(model, name, trainable=trainable)
     return list(stored)
 
-# %% ../../nbs/4_tune/42_lora.ipynb #8fc80e13
+# %% ../../nbs/4_tune/42_lora.ipynb #e98fdc48
 class AdaptersOnly(nn.Module):
     "A model whose state is its adapters, so that the checkpoints of `train.loop.fit` hold nothing else"
     def __init__(self,
@@ -253,13 +253,20 @@ class AdaptersOnly(nn.Module):
     ):
         super().__init__()
         lora_layers(model)
-        self.model = model
+        self.model, self.base = model, base_fingerprint(model, linear_maps(model))
     def forward(self, *given, **named):
         "As the model"
         return self.model(*given, **named)
-    def state_dict(self, *given, **named)->dict[str, Tensor]: # A and B of every adapter
+    def state_dict(self, *given, **named)->dict[str, Tensor]: # A and B of every adapter, and the fingerprint of the base
         "Only what LoRA added"
-        return {name: x for name, x in super().state_dict(*given, **named).items() if ".adapters." in name}
+        base = dict(base=torch.tensor(list(bytes.fromhex(self.base)), dtype=torch.uint8)) if self.base else {}
+        return {name: x for name, x in super().state_dict(*given, **named).items() if ".adapters." in name} | base
+    def load_state_dict(self, state, strict=False, assign=False):
+        "Give the adapters their numbers back; UserError when they were trained on another base"
+        state = dict(state)
+        base = state.pop("base", None)
+        if base is not None and bytes(base.tolist()).hex() != self.base: raise UserError("these adapters were trained on another base", "checkpoint", "Load the base that the run began with, or choose another folder")
+        return super().load_state_dict(state, strict=False, assign=assign)
 
 # %% ../../nbs/4_tune/42_lora.ipynb #f18ea6ff
 def recompute(

@@ -93,6 +93,12 @@ def test_merging_twice(adapted):
     refused(lambda: merge_lora(adapted), "no adapter")
 
 
+def test_a_model_with_adapters_is_no_llama_folder(adapted, tmp_path):
+    refused(lambda: adapted.save_pretrained(tmp_path/"model"), "does an adapter stand there", "merge_lora")
+    assert not (tmp_path/"model").exists()
+    merge_lora(adapted).save_pretrained(tmp_path/"model")
+
+
 class Packed(nn.Module):
     "A map in two 4-bit numbers a byte, as far as its shape goes"
     def __init__(self):

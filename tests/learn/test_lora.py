@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmbench.core import UserError
 from llmbench.model.transformer import Transformer
 from llmbench.text.batch import pad
 from llmbench.text.world import World
@@ -102,5 +103,9 @@ def test_stopped_run_of_adapters_goes_on(town, tmp_path):
     with pytest.raises(KeyboardInterrupt): run(tmp_path/"broken", stop=5)
     again = run(tmp_path/"broken")
     assert all(torch.equal(a, b) for a, b in zip(whole, again))
+    other = copy.deepcopy(town.base)
+    with torch.no_grad(): other.blocks[0].mlp.down.weight.mul_(1.1)
+    add_lora(other, 2, 4.)
+    with pytest.raises(UserError, match="another base"): list(fit(AdaptersOnly(other), batches(town.rows, SFT(batch=2, length=64)), Fit(steps=6, lr=1e-2, matrix_lr=0., warmup=1, save_every=2, autocast="off"), folder=tmp_path/"whole", progress=False))
     stored = sum(p.stat().st_size for p in (tmp_path/"whole").rglob("model.safetensors"))
     assert stored < .1*sum(p.numel()*4 for p in town.base.parameters())
