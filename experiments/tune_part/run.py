@@ -1,5 +1,5 @@
 """Full, frozen, bottleneck adapter, LoRA: accuracy, trained numbers, memory and time, three seeds
-Run: python experiments/tune_part/run.py            into results.json (some 8 core-minutes)
+Run: python experiments/tune_part/run.py            into results.json (some 3 core-minutes)
      python experiments/tune_part/run.py --table    prints results.json; of each method the rate with the best accuracy"""
 import copy
 import json
@@ -22,8 +22,8 @@ from llmbench.tune.sft import SFT, batches, rows_of
 from llmbench.use.evals import ask
 
 HERE = Path(__file__).parent
-SHELF, RESULTS, STEPS = HERE.parent.parent/"data"/"town"/"base", HERE/"results.json", 100
-WAYS = {"full": (lambda m: None, (3e-4,)), "last block": (lambda m: train_only(m, last_blocks(m, 1)), (1e-3, 3e-3)), "last two blocks": (lambda m: train_only(m, last_blocks(m, 2)), (3e-4, 1e-3)),
+SHELF, RESULTS, STEPS = HERE.parent.parent/"data"/"town"/"base", HERE/"results.json", 60
+WAYS = {"full": (lambda m: None, (3e-4,)), "last block": (lambda m: train_only(m, last_blocks(m, 1)), (1e-3, 3e-3)), "last two blocks": (lambda m: train_only(m, last_blocks(m, 2)), (1e-3,)),
         "bottleneck, width 8": (lambda m: add_bottleneck(m, 8), (3e-3, 1e-2)), "LoRA, r = 2": (lambda m: add_lora(m, 2, 4.), (1e-2,)), "LoRA, r = 16": (lambda m: add_lora(m, 16, 32.), (3e-3,))}
 
 
@@ -41,7 +41,7 @@ def main():
     if "--table" in sys.argv: return table()
     torch.set_num_threads(1)
     base, template, town = Transformer.from_pretrained(SHELF), ChatTemplate.load(SHELF), World(0, 50)
-    bpe, rows = template.tokenizer, rows_of(town.conversations("both", "sft"), template, 96)[0]
+    bpe, rows = template.tokenizer, rows_of(town.conversations("both", "sft"), template, 64)[0]
     documents = [[bpe.bos_id, *bpe.encode(d), bpe.end_id] for d in town.documents("both")[::29]]
     packed, runs = pack([(ids, [1]*len(ids)) for ids in documents], 96), []
     old = [packed.rows(slice(i, i + 32)) for i in range(0, len(packed), 32)]
@@ -53,7 +53,7 @@ def main():
                 torch.manual_seed(seed)
                 prepare(model)
                 memory, spent, began = training_bytes(model), [], time.process_time()
-                for _ in fit(model, batches(rows, SFT(batch=16, length=96, seed=seed), pad_id=bpe.pad_id), Fit(steps=STEPS, lr=lr, matrix_lr=0., warmup=10, decay=0., valid_every=10**9, autocast="off"), progress=False):
+                for _ in fit(model, batches(rows, SFT(batch=16, length=64, seed=seed), pad_id=bpe.pad_id), Fit(steps=STEPS, lr=lr, matrix_lr=0., warmup=10, decay=0., valid_every=10**9, autocast="off"), progress=False):
                     spent.append(time.process_time() - began)
                     began = time.process_time()
                 answers = ask(model, template, [q.text for q in asked], 32, 64)
@@ -62,7 +62,7 @@ def main():
                 full = statistics.median(r["seconds"] for r in runs if r["way"] == "full" and r["seed"] == seed)
                 runs[-1]["time_ratio"] = runs[-1]["seconds"]/full
                 print(json.dumps(runs[-1]), flush=True)
-        write_json(RESULTS, dict(setting=dict(steps=STEPS, batch=16, length=96, base="data/town/base"), runs=runs))
+        write_json(RESULTS, dict(setting=dict(steps=STEPS, batch=16, length=64, base="data/town/base"), runs=runs))
 
 
 if __name__ == "__main__": main()
