@@ -1,7 +1,7 @@
 """Forgetting by rank: the town, tuned in full and by LoRA of rank 1 to 64, three seeds
-Run: python experiments/lora_rank/run.py            everything, into results.json (some 20 core-minutes)
-     python experiments/lora_rank/run.py --table    prints results.json
-     python experiments/lora_rank/run.py --rates    how the learning rates were chosen (seed 0 alone)"""
+Run: python experiments/lora_rank/run.py            all seeds, into results.json (some 15 core-minutes)
+     python experiments/lora_rank/run.py --seed 1   one of them
+     python experiments/lora_rank/run.py --table    prints results.json; of each method the rate with the best accuracy"""
 import argparse
 import copy
 import json
@@ -19,13 +19,13 @@ from llmbench.text.world import World
 from llmbench.train.loop import Fit, evaluate, fit
 from llmbench.tune.chat import ChatTemplate
 from llmbench.tune.lora import LoRALinear, add_lora, merge_lora, trainable_parameters
-from llmbench.tune.lora_layer import effective_rank, rank_for
+from llmbench.tune.lora_layer import effective_rank, rank_for, singular_values
 from llmbench.tune.sft import SFT, batches, rows_of
 from llmbench.use.evals import ask
 
 HERE = Path(__file__).parent
 SHELF, RESULTS = HERE.parent.parent/"data"/"town", HERE/"results.json"
-RANKS, STEPS, RATES = (1, 2, 4, 8, 16, 32, 64), 120, dict(full=1e-3, lora=3e-3)
+RANKS, STEPS, RATES = (1, 2, 4, 8, 16, 32, 64), 120, dict(full=(1e-4, 3e-4, 1e-3), lora=(1e-3, 3e-3, 1e-2))
 
 
 class Town:
@@ -69,42 +69,51 @@ class Town:
             if new.ndim < 2 or name.startswith("embed"): continue
             c = self.base.config
             rows = dict(qkv=(c.d_model, *(c.n_kv_heads*c.head_width,)*2), gate_up=(c.d_hidden,)*2).get(name.split(".")[-2], (len(new),))
-            found += [(effective_rank(d), rank_for(d), float(d.norm()/w.norm())) for d, w in zip((new - old).detach().split(rows), old.split(rows))]
-        return dict(zip(("effective_rank", "rank_90", "relative_norm"), torch.tensor(found).mean(0).tolist()))
+            for d, w in zip((new - old).detach().split(rows), old.detach().split(rows)):
+                squares = singular_values(d).square().cumsum(0)
+                found.append([effective_rank(d), rank_for(d), float(d.norm()/w.norm()), *(float(squares[min(r, len(squares)) - 1]/squares[-1]) for r in RANKS)])
+        means = torch.tensor(found).mean(0).tolist()
+        return dict(zip(("effective_rank", "rank_90", "relative_norm"), means), held=means[3:])
+
+
+def groups(runs):
+    "Runs of the three seeds by method and rate: {(label, rate): runs}"
+    found = {}
+    for r in runs: found.setdefault((f"r = {r['rank']}" if r["rank"] else "full, Muon" if r["matrix_lr"] else "full", r["lr"]), []).append(r)
+    return found
+
+
+def mean(runs, column): return sum(r[column] for r in runs)/len(runs)
 
 
 def table():
     results = json.loads(RESULTS.read_text())
     for seed, base in results["base"].items(): print(f"seed {seed} before: accuracy {base['accuracy']:.1%}, old loss {base['old_loss']:.3f}")
-    groups = {}
-    for r in results["runs"]: groups.setdefault(f"r = {r['rank']}" if r["rank"] else "full, Muon" if r["matrix_lr"] else "full", []).append(r)
+    found = groups(results["runs"])
     columns = dict(accuracy=".1%", old_loss=".3f", effective_rank=".1f", rank_90=".1f", relative_norm=".3f")
-    for name, runs in groups.items():
-        cells = [f"{c} {sum(r[c] for r in runs)/len(runs):{form}} ({', '.join(format(r[c], form) for r in runs)})" for c, form in columns.items()]
-        print(f"{name:10}  trained {runs[0]['trained']:7,}  " + "  ".join(cells))
+    for label in dict.fromkeys(label for label, _ in found):
+        rate = max((lr for name, lr in found if name == label), key=lambda lr: mean(found[label, lr], "accuracy"))
+        runs = found[label, rate]
+        cells = [f"{c} {mean(runs, c):{form}} ({', '.join(format(r[c], form) for r in runs)})" for c, form in columns.items()]
+        print(f"{label:10}  rate {rate:g}  trained {runs[0]['trained']:7,}  " + "  ".join(cells))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--rates", action="store_true")
+    parser.add_argument("--seed", type=int, choices=range(3))
     options = parser.parse_args()
     if options.table: return table()
     torch.set_num_threads(1)
-    if options.rates:
-        town = Town(0)
-        for rank, lr in [(0, 3e-4), (0, 1e-3), (0, 3e-3), (8, 1e-3), (8, 3e-3), (8, 1e-2)]: print(json.dumps(town.tuned(rank, lr)), flush=True)
-        return
-    done = json.loads(RESULTS.read_text()) if RESULTS.exists() else dict(setting=dict(steps=STEPS, batch=16, length=96, rates=RATES, alpha="2r", people=50), base={}, runs=[])
-    for seed in range(3):
-        if sum(r["seed"] == seed for r in done["runs"]) == len(RANKS) + 2: continue
-        done["runs"] = [r for r in done["runs"] if r["seed"] != seed]
+    plan = [(0, lr, 0.) for lr in RATES["full"]] + [(0, 2e-3, .01)] + [(r, lr, 0.) for r in RANKS for lr in RATES["lora"]]
+    for seed in range(3) if options.seed is None else [options.seed]:
+        done = json.loads(RESULTS.read_text()) if RESULTS.exists() else dict(setting=dict(steps=STEPS, batch=16, length=96, rates=RATES, alpha="2r", people=50), base={}, runs=[])
         town = Town(seed)
-        done["base"][str(seed)] = town.score(town.base)
-        for rank, lr, matrix_lr in [(0, RATES["full"], 0.), (0, 2e-3, .01), *((r, RATES["lora"], 0.) for r in RANKS)]:
-            done["runs"].append(dict(seed=seed, **town.tuned(rank, lr, matrix_lr)))
-            print(json.dumps(done["runs"][-1]), flush=True)
-        write_json(RESULTS, done)
+        done["base"][str(seed)], mine = town.score(town.base), []
+        for rank, lr, matrix_lr in plan:
+            mine.append(dict(seed=seed, **town.tuned(rank, lr, matrix_lr)))
+            print(json.dumps(mine[-1]), flush=True)
+        write_json(RESULTS, done | dict(runs=[r for r in done["runs"] if r["seed"] != seed] + mine))
 
 
 if __name__ == "__main__": main()

@@ -11,6 +11,7 @@ from llmbench.core import UserError
 from llmbench.model.transformer import Config, Transformer
 from llmbench.tune.lora import (AdaptersOnly, LoRALinear, add_lora, load_lora, lora_layers, merge_lora, save_lora, unmerge_lora, use_lora, without_lora)
 from llmbench.tune.lora_layer import Settings
+from llmbench.train.optim import make_optimizers
 from llmbench.tune.peft_folder import read_adapter, write_adapter
 
 SHAPE = dict(vocab_size=60, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, d_hidden=24, max_length=16)
@@ -93,6 +94,12 @@ def test_merging_twice(adapted):
     refused(lambda: merge_lora(adapted), "no adapter")
 
 
+def test_a_model_with_adapters_is_no_llama_folder(adapted, tmp_path):
+    refused(lambda: adapted.save_pretrained(tmp_path/"model"), "does an adapter stand there", "merge_lora")
+    assert not (tmp_path/"model").exists()
+    merge_lora(adapted).save_pretrained(tmp_path/"model")
+
+
 class Packed(nn.Module):
     "A map in two 4-bit numbers a byte, as far as its shape goes"
     def __init__(self):
@@ -114,6 +121,17 @@ def test_base_without_weights():
     before = m[0].weight.clone()
     refused(lambda: merge_lora(m), "Packed", "16-bit copy")
     assert torch.equal(m[0].weight, before), "the first map was merged before the second was refused"
+
+
+@pytest.mark.parametrize("place", ["all-linear", ["qkv"]])
+def test_optimizers_of_a_model_with_adapters(place):
+    "Muon asks our modules for their fused matrices: behind an adapter, or in 4 bits, there may be none"
+    m = model()
+    m.blocks[0].mlp.gate_up = Packed()
+    m.blocks[0].mlp.gate_up.in_features, m.blocks[0].mlp.gate_up.out_features = 16, 48
+    add_lora(m, 2, targets=place)
+    trained = {id(p) for p in m.parameters() if p.requires_grad}
+    for matrix_lr in (0., .02): assert {id(p) for o in make_optimizers(m, matrix_lr=matrix_lr) for g in o.param_groups for p in g["params"]} == trained
 
 
 # folders
