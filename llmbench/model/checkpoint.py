@@ -161,6 +161,8 @@ def save_pretrained(
 )->Path:                  # the folder
     "Write model.safetensors, then config.json, each whole or not at all, as transformers' Llama, Mistral or Mixtral"
     folder, state, temp = Path(folder), model.state_dict(), None
+    lost = next((ours for _, _, ours, _ in layout(model.config) if ours not in state), None)
+    if lost: raise UserError(f"the model has no {lost}: does an adapter stand there?", where=str(folder), mend="Call tune.lora.merge_lora first, or save the adapter alone with save_lora")
     tensors = {theirs: state[ours][part].detach().cpu().contiguous() for theirs, _, ours, part in layout(model.config)}
     try:
         folder.mkdir(parents=True, exist_ok=True)

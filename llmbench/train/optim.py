@@ -86,7 +86,8 @@ def fused_parts(
     model:nn.Module,  # modules may have `parts`: {name of a parameter: rows of each map in it}
 )->dict:              # {parameter: rows of each map}
     "Which matrices hold several maps, such as q, k and v"
-    return {m.get_parameter(name): rows for m in model.modules() for name, rows in getattr(m, "parts", {}).items()}
+    own = ((dict(m.named_parameters()), m.parts) for m in model.modules() if hasattr(m, "parts"))
+    return {params[name]: rows for params, parts in own for name, rows in parts.items() if name in params} # an adapter may stand in its place
 
 # %% ../../nbs/3_train/30a_optim.ipynb #2f00dfcb
 def hidden_matrices(
