@@ -6,7 +6,7 @@
 __all__ = ['NORMALISE', 'group_advantages', 'rloo_advantages', 'best_of', 'best_of_kl', 'averaged', 'grpo_loss', 'rloo_loss',
            'GRPO', 'grpo_credit', 'flat_groups', 'grpo_learn', 'grpo']
 
-# %% ../../nbs/5_align/55_grpo.ipynb #9de7ffa5
+# %% ../../nbs/5_align/55_grpo.ipynb #7df43571
 import copy, math, warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from .loop import RLStep, generator_at, minibatches, prompts_at, run_steps, sett
 from .rollout import Prompt, Rollout, Sampling, read_answers, rollout
 from ..core import UserError, fingerprint, masked_mean
 from ..train.checkpoint import latest
+from ..train.loop import bf16_pays
 
 # %% ../../nbs/5_align/55_grpo.ipynb #2c2ec62b
 def group_advantages(
@@ -110,13 +111,14 @@ def rloo_loss(
     ratio = torch.where(mask > 0, logps - old_logps, 0.).sum(1).exp()             # (N,)
     return -torch.min(ratio*advantages, ratio.clamp(1 - clip, 1 + clip)*advantages).mean()
 
-# %% ../../nbs/5_align/55_grpo.ipynb #3d60526c
+# %% ../../nbs/5_align/55_grpo.ipynb #e98b8294
 @dataclass(frozen=True)
 class GRPO:
     "How to train; the defaults suit the town and a model of a million parameters"
     sampling:Sampling=Sampling(prompts=8, group=8, new_tokens=16) # how answers are drawn
     steps:int=100          # rollouts
-    lr:float=5e-4          # AdamW's rate
+    lr:float=2e-4          # AdamW's rate
+    warmup:int=10          # steps to it
     epochs:int=1           # passes over a rollout
     minibatch:int=0        # answers of an update; 0 takes all
     loss:str="dapo"        # one of NORMALISE, or "rloo"
@@ -128,17 +130,19 @@ class GRPO:
     missing_eos:float=0.   # taken off the mark of an answer that was cut off
     stop_kl:float=0.       # drift in nats per token after which a rollout is used no further; 0 never stops
     grad_clip:float=1.     # longest gradient; 0 = no limit
+    autocast:str="off"     # scoring and updates in bf16: "on", "off", or "auto", where that is faster
     save_every:int=20      # steps between two checkpoints
     seed:int=0             # of prompts, answers and mini-batches
 
     def __post_init__(self):
-        least = dict(steps=1, lr=0, epochs=1, minibatch=0, clip=1e-6, clip_high=1e-6, beta=0, stop_kl=0, grad_clip=0, save_every=1)
+        if self.autocast not in ("auto", "on", "off"): raise UserError(f"{self.autocast!r} is not known", "GRPO.autocast", "Write auto, on or off")
+        least = dict(steps=1, lr=0, warmup=0, epochs=1, minibatch=0, clip=1e-6, clip_high=1e-6, beta=0, stop_kl=0, grad_clip=0, save_every=1)
         for name, low in least.items():
             if not low <= getattr(self, name) < math.inf: raise UserError(f"{getattr(self, name)!r} is out of range", f"GRPO.{name}", f"Give a number from {low} up")
         if self.loss not in (*NORMALISE, "rloo"): raise UserError(f"unknown loss {self.loss!r}", "GRPO.loss", f"Known: {', '.join(NORMALISE)}, rloo")
         if self.sampling.group < 2: raise UserError("a group of one has nothing to compare with", "GRPO.sampling.group", "Take 4 to 16 answers to each prompt")
 
-# %% ../../nbs/5_align/55_grpo.ipynb #21f65cea
+# %% ../../nbs/5_align/55_grpo.ipynb #e2d7c883
 def grpo_credit(
     roll:Rollout,   # answers and marks
     config:GRPO,    # group, loss, beta
@@ -165,13 +169,14 @@ def grpo_learn(
     generator:torch.Generator, # of the mini-batches
     where:str="",    # for messages
     kept:Path|None=None, # the last checkpoint, for messages
+    bf16:bool=False, # updates in bf16
 )->dict:             # METRICS of the updates
     "One or several updates on one rollout"
     advantages, seen, entropy, updates = grpo_credit(roll, config), {name: [] for name in ("loss", "grad_norm", "clipped", "drift")}, None, 0
     size = config.minibatch or len(roll)
     for index in minibatches(len(roll), size, config.epochs, generator) if size < len(roll) or config.epochs > 1 else [None]:
         part, a = (roll, advantages) if index is None else (roll.rows(index), advantages[index])
-        read = read_answers(model, part.ids, part.mask, config.sampling, part.kept)
+        read = read_answers(model, part.ids, part.mask, config.sampling, part.kept, bf16=bf16)
         old = read.logps.detach() if part.old_logps is None else part.old_logps
         drift = float(masked_mean(kl_k2(read.logps.detach(), old), part.counts))
         if entropy is None: entropy = float(read.entropy.detach())
@@ -185,7 +190,7 @@ def grpo_learn(
         for name, x in told.items(): seen[name].append(x)
     return {name: sum(xs)/max(1, len(xs)) for name, xs in seen.items()} | dict(entropy=entropy, updates=updates)
 
-# %% ../../nbs/5_align/55_grpo.ipynb #ca984543
+# %% ../../nbs/5_align/55_grpo.ipynb #93b5fb23
 def grpo(
     model:nn.Module,          # tuned; trained in place
     prompts:Sequence[Prompt], # what to ask
@@ -203,21 +208,22 @@ def grpo(
     settle(folder, algorithm="grpo", config=config, prompts=fingerprint([p.ids for p in prompts]))
     if not (config.beta or watch): ref = None
     elif ref is None: ref = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, weight_decay=0., fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, betas=(.9, .95), weight_decay=0., fused=True)
     several = config.epochs > 1 or 0 < config.minibatch < s.prompts*s.group
     warned = False
     def one(step):
         nonlocal warned
         asked, chance = prompts_at(prompts, s.prompts, step, config.seed), generator_at(config.seed, step)
-        roll = rollout(model, asked, reward, tokenizer, s, ref, chance, old=several or ref is not None)
+        roll = rollout(model, asked, reward, tokenizer, s, ref, chance, old=several or ref is not None, bf16=bf16)
         flat = flat_groups(roll.rewards, s.group)
         note = f"{roll.samples[0].text.strip()!r} -> {float(roll.rewards[0]):.2f}"
         if flat == 1:
-            note = f"all {s.group} answers to each of the {len(asked)} prompts got the same mark: every advantage is 0, and nothing can be learned from this step"
+            note = f"all {s.group} answers to each of the {len(asked)} prompts got the same mark: every advantage is 0, " + ("only the KL term moves the policy" if config.beta and config.loss != "rloo" else "and nothing can be learned from this step")
             if not warned: warnings.warn(f"step {step}: {note}", stacklevel=2)
             warned = True
-        told = grpo_learn(model, optimizer, roll, config, chance, f"step {step}", latest(folder) if folder else None)
+        told = grpo_learn(model, optimizer, roll, config, chance, f"step {step}", latest(folder) if folder else None, bf16)
         kl = None if ref is None else float(kl_k1(roll.old_logps, roll.ref_logps).sum(1).mean())
         return told | dict(reward=float(roll.rewards.mean()), kl=kl, kl_coef=config.beta, length=float(roll.counts.sum(1).float().mean()), ended=float(roll.ended.float().mean()), flat=flat, note=note)
+    bf16 = config.autocast == "on" or config.autocast == "auto" and bf16_pays(str(next(model.parameters()).device))
     model.eval()
-    return run_steps(model, optimizer, one, config.steps, folder, config.save_every, {}, progress)
+    return run_steps(model, optimizer, one, config.steps, folder, config.save_every, {}, progress, config.warmup)

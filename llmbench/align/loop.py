@@ -133,7 +133,7 @@ def _read_records(folder, before):
     records = [RLStep(**json.loads(line)) for line in lines if line.endswith("\n")]
     return [r for r in records if r.step < before]
 
-# %% ../../nbs/5_align/53a_loop.ipynb #457366a0
+# %% ../../nbs/5_align/53a_loop.ipynb #4d9b6ff5
 def run_steps(
     trained:nn.Module,    # all that is trained, in one module
     optimizer,            # its optimizer
@@ -143,9 +143,10 @@ def run_steps(
     save_every:int,       # steps between two checkpoints
     notes:dict,           # JSON values that the steps change, saved and restored
     progress:bool=True,   # show a bar with the time left
+    warmup:int=0,         # steps to the optimizer's full rate
 )->Iterator[RLStep]:      # one record a step
     "Steps with checkpoints; stopped, the same call goes on"
-    step, seconds = 0, 0.
+    step, seconds, peaks = 0, 0., [g["lr"] for g in optimizer.param_groups]
     if folder:
         step = load_checkpoint(folder, trained, [optimizer])
         if step:
@@ -157,6 +158,7 @@ def run_steps(
     bar = tqdm(total=steps, initial=step, desc="learning", disable=not progress)
     while step < steps:
         began, touched = time.perf_counter(), _version(trained)
+        for g, peak in zip(optimizer.param_groups, peaks): g["lr"] = peak*min(1., (step + 1)/(warmup + 1))
         with hold_interrupt() as pressed:
             try: told = one(step)
             except UserError:

@@ -6,7 +6,7 @@
 __all__ = ['token_rewards', 'gae', 'whiten', 'policy_loss', 'clipped_share', 'value_loss', 'adapted', 'ValueHead',
            'PolicyAndValue', 'PPO', 'credit', 'learn', 'ppo', 'samples_note']
 
-# %% ../../nbs/5_align/54_ppo.ipynb #38eb0c60
+# %% ../../nbs/5_align/54_ppo.ipynb #65cd3dba
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 import copy
@@ -20,6 +20,7 @@ from .loop import RLStep, generator_at, minibatches, prompts_at, run_steps, sett
 from .rollout import Prompt, Rollout, Sampling, read_answers, rollout
 from ..core import UserError, fingerprint, masked_mean
 from ..train.checkpoint import latest
+from ..train.loop import bf16_pays
 
 # %% ../../nbs/5_align/54_ppo.ipynb #72c74d83
 def token_rewards(
@@ -138,13 +139,14 @@ class PolicyAndValue(nn.Module):
         self.policy, self.head = policy, ValueHead(getattr(config, "d_model", None) or config.hidden_size)
         self.head.to(next(policy.parameters()).device)
 
-# %% ../../nbs/5_align/54_ppo.ipynb #f7781527
+# %% ../../nbs/5_align/54_ppo.ipynb #bdd91287
 @dataclass(frozen=True)
 class PPO:
     "How to train; the defaults suit the town and a model of a million parameters"
     sampling:Sampling=Sampling(prompts=32, new_tokens=24) # how answers are drawn
     steps:int=60           # rollouts
-    lr:float=5e-4          # AdamW's rate
+    lr:float=2e-4          # AdamW's rate
+    warmup:int=10          # steps to it
     epochs:int=2           # passes over a rollout
     minibatch:int=16       # answers of an update; 0 takes all
     clip:float=0.2         # of the policy's ratio
@@ -159,16 +161,18 @@ class PPO:
     entropy_coef:float=0.  # bonus for a nat of entropy per token
     stop_kl:float=0.1      # drift in nats per token after which a rollout is used no further; 0 never stops
     grad_clip:float=1.     # longest gradient; 0 = no limit
+    autocast:str="off"     # scoring and updates in bf16: "on", "off", or "auto", where that is faster
     save_every:int=20      # steps between two checkpoints
     seed:int=0             # of prompts, answers and mini-batches
 
     def __post_init__(self):
-        least = dict(steps=1, lr=0, epochs=1, minibatch=0, clip=1e-6, value_clip=1e-6, vf_coef=0, gamma=0, lam=0, kl_coef=0, kl_target=0, horizon=1, entropy_coef=0, stop_kl=0, grad_clip=0, save_every=1)
+        if self.autocast not in ("auto", "on", "off"): raise UserError(f"{self.autocast!r} is not known", "PPO.autocast", "Write auto, on or off")
+        least = dict(steps=1, lr=0, warmup=0, epochs=1, minibatch=0, clip=1e-6, value_clip=1e-6, vf_coef=0, gamma=0, lam=0, kl_coef=0, kl_target=0, horizon=1, entropy_coef=0, stop_kl=0, grad_clip=0, save_every=1)
         for name, low in least.items():
             if not low <= getattr(self, name) < float("inf"): raise UserError(f"{getattr(self, name)!r} is out of range", f"PPO.{name}", f"Give a number from {low} up")
         if self.gamma > 1 or self.lam > 1: raise UserError("above 1 the sum of what is to come grows without end", "PPO.gamma, PPO.lam", "Give numbers from 0 to 1")
 
-# %% ../../nbs/5_align/54_ppo.ipynb #36a69288
+# %% ../../nbs/5_align/54_ppo.ipynb #e66b4e85
 def credit(
     roll:Rollout,    # with old_logps, ref_logps and old_values
     config:PPO,      # penalties, gamma, lam
@@ -189,6 +193,7 @@ def learn(
     generator:torch.Generator, # of the mini-batches
     where:str="",    # for messages
     kept:Path|None=None, # the last checkpoint, for messages
+    bf16:bool=False, # updates in bf16
 )->dict:             # METRICS of the updates
     "Several updates on one rollout"
     advantages, returns = credit(roll, config, kl_coef)
@@ -196,7 +201,7 @@ def learn(
     entropy, updates = None, 0
     for index in minibatches(len(roll), config.minibatch, config.epochs, generator):
         part, a = roll.rows(index), advantages[index]
-        read = read_answers(model.policy, part.ids, part.mask, config.sampling, part.kept, model.head)
+        read = read_answers(model.policy, part.ids, part.mask, config.sampling, part.kept, model.head, bf16)
         drift = float(masked_mean(kl_k2(read.logps.detach(), part.old_logps), part.counts))
         if entropy is None: entropy = float(read.entropy.detach())
         if config.stop_kl and drift > config.stop_kl: break
@@ -211,7 +216,7 @@ def learn(
     explained = 1 - float((spread - roll.old_values[counts]).var(correction=0)/spread.var(correction=0).clamp(min=1e-8))
     return {name: sum(xs)/max(1, len(xs)) for name, xs in seen.items()} | dict(entropy=entropy, drift=drift, updates=updates, explained=explained)
 
-# %% ../../nbs/5_align/54_ppo.ipynb #59a24e9f
+# %% ../../nbs/5_align/54_ppo.ipynb #efac2ef5
 def ppo(
     model:nn.Module,          # tuned; trained in place
     prompts:Sequence[Prompt], # what to ask
@@ -228,17 +233,18 @@ def ppo(
     settle(folder, algorithm="ppo", config=config, prompts=fingerprint([p.ids for p in prompts]))
     if ref is None: ref = copy.deepcopy(model).requires_grad_(False)
     trained, notes = PolicyAndValue(model), dict(kl_coef=config.kl_coef)
-    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=config.lr, weight_decay=0.)
+    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=config.lr, betas=(.9, .95), weight_decay=0., fused=True)
     def one(step):
         asked, chance = prompts_at(prompts, config.sampling.prompts, step, config.seed), generator_at(config.seed, step)
-        roll = rollout(model, asked, reward, tokenizer, config.sampling, ref, chance, trained.head)
-        told = learn(trained, optimizer, roll, config, notes["kl_coef"], chance, f"step {step}", latest(folder) if folder else None)
+        roll = rollout(model, asked, reward, tokenizer, config.sampling, ref, chance, trained.head, bf16=bf16)
+        told = learn(trained, optimizer, roll, config, notes["kl_coef"], chance, f"step {step}", latest(folder) if folder else None, bf16)
         kl = float(kl_k1(roll.old_logps, roll.ref_logps).sum(1).mean())
         told |= dict(reward=float(roll.rewards.mean()), kl=kl, kl_coef=notes["kl_coef"], length=float(roll.counts.sum(1).float().mean()), ended=float(roll.ended.float().mean()))
         if config.kl_target: notes["kl_coef"] = adapted(notes["kl_coef"], kl, config.kl_target, len(roll), config.horizon)
         return told | dict(note=samples_note(roll))
+    bf16 = config.autocast == "on" or config.autocast == "auto" and bf16_pays(str(next(model.parameters()).device))
     model.eval()
-    return run_steps(trained, optimizer, one, config.steps, folder, config.save_every, notes, progress)
+    return run_steps(trained, optimizer, one, config.steps, folder, config.save_every, notes, progress, config.warmup)
 
 def samples_note(
     roll:Rollout, # answers

@@ -65,7 +65,7 @@ def counted(
     ends = answers == end_id
     return ends.cumsum(1) - ends.long() == 0, ends.any(1)
 
-# %% ../../nbs/5_align/53_rollout.ipynb #554c6d4c
+# %% ../../nbs/5_align/53_rollout.ipynb #df62eceb
 def sample_answers(
     model:nn.Module,           # ours, or one of transformers
     prompts:list[list[int]],   # P prompts
@@ -79,7 +79,8 @@ def sample_answers(
     rows = [(list(ids), [0]*len(ids)) for ids in prompts for _ in range(sampling.group)]
     left = pad(rows, pad_id=pad_id, side="left")
     real = (left.segments > 0).long().to(place)                                                # (N,P)
-    out = generate(model, left.ids.to(place), sampling.new_tokens, sampling.temperature, sampling.top_k, sampling.top_p, end_id, generator, real, pad_id=pad_id)
+    try: out = generate(model, left.ids.to(place), sampling.new_tokens, sampling.temperature, sampling.top_k, sampling.top_p, end_id, generator, real, pad_id=pad_id)
+    except FloatingPointError as e: raise UserError(str(e), "sampling", "Go back to an earlier checkpoint, and lower the rate") from e
     counts, ended = counted(out[:, real.shape[1]:], end_id)                                    # (N,A)
     both = torch.cat([real, 2*counts.long()], 1)                                               # (N,P+A) 1 prompt, 2 answer, 0 padding
     order = (both == 0).long().argsort(dim=1, stable=True)[:, :int((both > 0).sum(1).max())]       # padding last, all else in order
@@ -130,7 +131,7 @@ def spread(
     "Back into the rectangle"
     return torch.zeros_like(mask[:, 1:], dtype=x.dtype).masked_scatter(mask[:, 1:] > 0, x)
 
-# %% ../../nbs/5_align/53_rollout.ipynb #e38f1c5d
+# %% ../../nbs/5_align/53_rollout.ipynb #44f14b0b
 @dataclass(frozen=True)
 class Reading:
     "A model's second look at sampled answers"
@@ -146,9 +147,10 @@ def read_answers(
     sampling:Sampling,    # temperature and filters, as drawn
     kept:Tensor|None=None,# the filter of the policy that drew; None decides it here
     head:nn.Module|None=None, # value head, hidden state -> one number
+    bf16:bool=False,      # matrix products in bf16
 )->Reading:               # log-probabilities and more
     "Score sampled tokens under the distribution that they were drawn from"
-    logits, hidden = answer_states(model, ids, mask)
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16): logits, hidden = answer_states(model, ids, mask)
     if kept is None: kept = kept_tokens(logits.detach(), sampling)
     logps = drawn_logps(logits, sampling.temperature, kept)                     # (M,V)
     picked = logps.gather(-1, ids[:, 1:][mask[:, 1:] > 0][:, None])[:, 0]       # (M,)
@@ -256,7 +258,7 @@ class Rollout:
         def pick(x): return None if x is None else x[index]
         return Rollout(pick(self.ids), pick(self.mask), pick(self.ended), pick(self.rewards), pick(self.old_logps), pick(self.ref_logps), pick(self.old_values), kept, [self.samples[i] for i in index])
 
-# %% ../../nbs/5_align/53_rollout.ipynb #712ca3f8
+# %% ../../nbs/5_align/53_rollout.ipynb #e437c4cb
 @torch.no_grad()
 def rollout(
     model:nn.Module,        # the policy
@@ -268,6 +270,7 @@ def rollout(
     generator:torch.Generator|None=None, # where chance comes from
     head:nn.Module|None=None, # value head
     old:bool=True,          # score under the policy, too; not needed where each answer is used for a single step
+    bf16:bool=False,        # score in bf16, as the updates will; sampling stays in 32 bits
 )->Rollout:                 # P*group answers, groups contiguous
     "Sample, mark and score; UserError when a prompt doesn't fit or a mark is missing"
     room = getattr(getattr(model, "config", None), "max_length", None)
@@ -281,8 +284,8 @@ def rollout(
         samples.append(Sample(prompts[i//sampling.group], answer, tokenizer.decode(answer[:-1] if whole else answer), whole))
     marks = rewards_of(reward, samples).to(ids.device)
     with evaluating(model):
-        read = read_answers(model, ids, mask, sampling, head=head) if old or head is not None or sampling.filtered else None
+        read = read_answers(model, ids, mask, sampling, head=head, bf16=bf16) if old or head is not None or sampling.filtered else None
     ref_logps = None
     if ref is not None:
-        with evaluating(ref): ref_logps = read_answers(ref, ids, mask, replace(sampling, top_k=0, top_p=1.), read.kept if read else None).logps
+        with evaluating(ref): ref_logps = read_answers(ref, ids, mask, replace(sampling, top_k=0, top_p=1.), read.kept if read else None, bf16=bf16).logps
     return Rollout(ids, mask, ended, marks, read and read.logps, ref_logps, read and read.values, read and read.kept, samples)
