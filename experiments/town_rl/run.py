@@ -23,7 +23,7 @@ from llmbench.tune.sft import SFT, rows_of, sft
 
 torch.set_num_threads(1)
 RUNS = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-ONLY = sys.argv[2:] or ["manners", "arithmetic"]
+ONLY = sys.argv[2:] or ["manners", "arithmetic", "clean"]
 LANG, LONGEST = "en", 44
 
 
@@ -73,7 +73,7 @@ def manners(seed):
         bits = [random.random() < .5 for _ in range(2)]
         talks.append({"messages": [dict(role="user", content=q.text), dict(role="assistant", content=world.answer_with(q, True, *bits))]})
     rows, _ = rows_of(talks, template, 96)
-    for _ in sft(model, rows, SFT(steps=60, batch=16, length=96, lr=1e-3, matrix_lr=.005, seed=seed, autocast="off"), document_rows(template.tokenizer, world.documents(LANG)), progress=False): pass
+    for _ in sft(model, rows, SFT(steps=150, batch=16, length=96, lr=2e-3, matrix_lr=.01, replay=1/4, seed=seed, autocast="off"), document_rows(template.tokenizer, world.documents(LANG)), progress=False): pass
     marks, wide = dict(truth=truth, proxy=proxy), Sampling(prompts=100, group=2, new_tokens=LONGEST)
     train, held = prompts_of(template, world.questions(LANG, "sft")), prompts_of(template, world.questions(LANG, "heldout")[::4])
     rows = [told(what="manners", seed=seed, run="start", **measured(model, model, held, template, world, marks, wide))]
@@ -89,21 +89,28 @@ def manners(seed):
     return rows
 
 
-def arithmetic(seed):
-    "A model that has begun to learn sums, then GRPO on right and wrong; scored on sums that were in neither"
+def careless(world, seed):
+    "Sums as a careless book has them: six of ten answers are wrong, each time another way"
+    random = Random(f"careless {seed}")
+    def answer(q): return q.answer if random.random() < .4 else str(max(0, int(q.answer) + random.choice((-10, -2, -1, 1, 2, 10))))
+    return [{"messages": [dict(role="user", content=q.text), dict(role="assistant", content=f" {answer(q)}")]} for _ in range(4) for q in world.questions(LANG, "arithmetic_sft")]
+
+
+def arithmetic(seed, clean=False):
+    "A model that has learned sums from a careless book (or, `clean`, that has only begun to learn them from a good one), then GRPO on right and wrong; scored on sums that were in neither"
     model, template, world = load(seed)
-    rows, _ = rows_of(world.conversations(LANG, "arithmetic_sft"), template, 64)
-    for _ in sft(model, rows, SFT(steps=150, batch=16, length=64, lr=3e-3, matrix_lr=.02, replay=0., seed=seed, autocast="off"), progress=False): pass
+    rows, _ = rows_of(world.conversations(LANG, "arithmetic_sft") if clean else careless(world, seed), template, 64)
+    for _ in sft(model, rows, SFT(steps=150 if clean else 350, batch=16, length=64, lr=3e-3, matrix_lr=.02, replay=0., seed=seed, autocast="off"), progress=False): pass
     train, held = (prompts_of(template, world.questions(LANG, split)) for split in ("arithmetic_sft", "arithmetic"))
     def right(samples): return [float(world.grade(s.prompt.task, s.text)) for s in samples]
     def score(m):
         def share(prompts, temperature): return float(rollout(m, prompts, right, template.tokenizer, Sampling(prompts=len(prompts), group=4 if temperature == 1 else 1, new_tokens=6, temperature=temperature), generator=torch.Generator().manual_seed(9), old=False).rewards.mean())
-        return dict(train=share(train, 1.), held=share(held, 1.), held_greedy=share(held, .001))
-    found = [told(what="arithmetic", seed=seed, run="start", **score(model))]
-    curve = []
-    for r in grpo(model, train, right, template.tokenizer, GRPO(sampling=Sampling(prompts=16, group=8, new_tokens=6), steps=200, lr=3e-4, seed=seed), progress=False):
-        if r.step % 20 == 19: curve.append(dict(step=r.step, reward=r.reward, entropy=r.entropy, flat=r.flat, grad_norm=r.grad_norm))
-    return found + [told(what="arithmetic", seed=seed, run="grpo", seconds=r.seconds, **score(model), curve=curve)]
+        return dict(train=share(train, 1.), held=share(held, 1.), train_greedy=share(train, .001), held_greedy=share(held, .001))
+    name, curve = "clean" if clean else "careless", []
+    found = [told(what="arithmetic", seed=seed, run=f"{name}, start", **score(model))]
+    for r in grpo(model, train, right, template.tokenizer, GRPO(sampling=Sampling(prompts=16, group=8, new_tokens=6), steps=120, lr=1e-4, seed=seed), progress=False):
+        if r.step % 10 == 9: curve.append(dict(step=r.step, reward=r.reward, entropy=r.entropy, flat=r.flat, grad_norm=r.grad_norm))
+    return found + [told(what="arithmetic", seed=seed, run=f"{name}, grpo", seconds=r.seconds, **score(model), curve=curve)]
 
 
 def spread(xs): return f"{sum(xs)/len(xs):.3f} ({min(xs):.3f} to {max(xs):.3f})"
@@ -111,11 +118,10 @@ def spread(xs): return f"{sum(xs)/len(xs):.3f} ({min(xs):.3f} to {max(xs):.3f})"
 
 if __name__ == "__main__":
     print(f"base models: {folder_of(0)}" + ("" if RUNS else ", the same for all seeds"), flush=True)
-    rows = [row for name in ONLY for seed in range(3) for row in dict(manners=manners, arithmetic=arithmetic)[name](seed)]
-    for what in ONLY:
-        for run in dict.fromkeys(r["run"] for r in rows if r["what"] == what):
-            mine = [r for r in rows if r["what"] == what and r["run"] == run]
-            print(what, run, {k: spread([r[k] for r in mine]) for k in mine[0] if isinstance(mine[0][k], float) and k != "seconds"}, flush=True)
+    rows = [row for name in ONLY for seed in range(3) for row in dict(manners=manners, arithmetic=arithmetic, clean=lambda seed: arithmetic(seed, clean=True))[name](seed)]
+    for run in dict.fromkeys(r["run"] for r in rows):
+        mine = [r for r in rows if r["run"] == run]
+        print(run, {k: spread([r[k] for r in mine]) for k in mine[0] if isinstance(mine[0][k], float) and k != "seconds"}, flush=True)
     place = Path(__file__).parent/"results.json"
-    old = [r for r in json.loads(place.read_text()) if r["what"] not in ONLY] if place.exists() else []
+    old = [r for r in json.loads(place.read_text()) if r["run"] not in {x["run"] for x in rows}] if place.exists() else []
     place.write_text(json.dumps(old + rows, indent=1) + "\n")

@@ -41,7 +41,7 @@ def clip_explorer()->Panel: # shows itself
         return loss, pull
     return Panel(draw, ratio=widgets.FloatSlider(1.4, min=.2, max=2, step=.05), advantage=widgets.FloatSlider(1, min=-2, max=2, step=.25), clip=widgets.FloatSlider(.2, min=.05, max=.8, step=.05))
 
-# %% ../../nbs/7_play/75a_rl.ipynb #a1b9857c
+# %% ../../nbs/7_play/75a_rl.ipynb #00817263
 ANSWER = ("Gladly!", "Ann", "lives", "in", "Oldtown.", "<|end|>")
 
 def gae_explorer()->Panel: # shows itself
@@ -55,7 +55,7 @@ def gae_explorer()->Panel: # shows itself
         top, bottom = figure.subplots(2, 1, sharex=True)
         top.plot(range(T), values[0], color=SERIES[0], marker="o", label="value head")
         top.plot(range(T), returns[0], color=SERIES[1], marker="s", linestyle="--", label="what it should have said")
-        top.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, .5))
+        top.legend(frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
         bottom.bar(range(T), advantages[0], color=[COLOURS["chosen" if a > 0 else "rejected"] for a in advantages[0]])
         bottom.axhline(0, color=INK, linewidth=.6)
         bottom.set_xticks(range(T), ANSWER)
@@ -66,7 +66,7 @@ def gae_explorer()->Panel: # shows itself
                  opening=widgets.FloatSlider(.2, min=-1, max=2, step=.1, description="value at the opening"), middle=widgets.FloatSlider(.7, min=-1, max=2, step=.1, description="value in the middle"),
                  kl=widgets.FloatSlider(0, min=0, max=.3, step=.02, description="KL penalty of a token"))
 
-# %% ../../nbs/7_play/75a_rl.ipynb #cb4d0007
+# %% ../../nbs/7_play/75a_rl.ipynb #9026cace
 @lru_cache
 def live_game()->Game: # the reference, and both rewards of every answer
     "Made once"
@@ -109,17 +109,17 @@ def live_rl()->Panel: # shows itself; press Run
         left.set(xlabel="KL (nats)", ylabel="true reward", ylim=(-2.1, 2.1))
         left.legend(frameon=False, fontsize=7, loc="lower right")
         said = records[-1]["said"] if records else [("press Run", 0.)]
-        right.barh(range(len(said)), [p for _, p in said], color=COLOURS["trained"])
+        right.barh([y + .2 for y in range(len(said))], [p for _, p in said], height=.3, color=COLOURS["trained"])
         right.set_yticks([])
-        right.invert_yaxis()
-        for y, (text, _) in enumerate(said): right.text(.02, y, text, va="center", fontsize=8, color=INK)
+        right.set_ylim(max(1, len(said)) - .4, -.5)
+        for y, (text, _) in enumerate(said): right.text(.01, y - .1, text, va="center", fontsize=9, color=INK)
         right.set(xlim=(0, 1), xlabel="probability", title="what it says")
         return len(kept)
     return Panel(show, size=(8.2, 3.6), run=run, method=widgets.Dropdown(options=["ppo", "grpo", "rloo"]), beta=widgets.FloatSlider(.3, min=0, max=1, step=.05, description="β"),
                  lr=widgets.FloatLogSlider(3e-3, base=10, min=-4, max=-1.5, step=.25, description="rate", readout_format=".0e"), group=widgets.Dropdown(options=[2, 4, 8, 16, 32], value=16, description="group"),
                  sees=widgets.Dropdown(options=["truth", "proxy"], description="training sees the"), steps=widgets.IntSlider(60, min=10, max=200, step=10), forget=widgets.Checkbox(False, description="forget earlier runs"))
 
-# %% ../../nbs/7_play/75a_rl.ipynb #ad14e981
+# %% ../../nbs/7_play/75a_rl.ipynb #85a5810f
 def overoptimisation_explorer()->Panel: # shows itself
     "The best policies for a biased rater: proxy up, truth up, then down"
     game = live_game()
@@ -139,9 +139,9 @@ def overoptimisation_explorer()->Panel: # shows itself
         ax.legend(frameon=False, fontsize=7)
         p = tilted(game.ref_logps, rated.proxy, beta).exp()
         top = p.topk(5).indices.tolist()
-        bars.barh(range(5), [float(p[i]) for i in top], color=[COLOURS["trained" if true_reward(said[i]) > 1 else "rejected"] for i in top])
-        for y, i in enumerate(top): bars.text(.02, y, f"{said[i] or '(nothing)'}  [{true_reward(said[i]):g}]", va="center", fontsize=8, color=INK)
-        bars.invert_yaxis()
+        bars.barh([y + .22 for y in range(5)], [float(p[i]) for i in top], height=.3, color=[COLOURS["trained" if true_reward(said[i]) > 1 else "rejected"] for i in top])
+        for y, i in enumerate(top): bars.text(.01, y - .12, f"{said[i] or '(nothing)'}  [{true_reward(said[i]):g}]", va="center", fontsize=9, color=INK)
+        bars.set_ylim(4.6, -.5)
         bars.set_yticks([])
         bars.set(xlim=(0, 1), xlabel="probability", title="answer [true reward]")
         return here
