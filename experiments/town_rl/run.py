@@ -5,6 +5,7 @@ Prints one JSON line a run, and the sums at the end; `results.json` keeps them."
 import copy
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -97,10 +98,11 @@ def careless(world, seed):
 
 
 def arithmetic(seed, clean=False):
-    "A model that has learned sums from a careless book (or, `clean`, that has only begun to learn them from a good one), then GRPO on right and wrong; scored on sums that were in neither"
+    "A model that has learned sums and then read a careless book (or, `clean`, that has only begun to learn them), then GRPO on right and wrong; scored on sums that were in neither"
     model, template, world = load(seed)
-    rows, _ = rows_of(world.conversations(LANG, "arithmetic_sft") if clean else careless(world, seed), template, 64)
-    for _ in sft(model, rows, SFT(steps=150 if clean else 350, batch=16, length=64, lr=3e-3, matrix_lr=.02, replay=0., seed=seed, autocast="off"), progress=False): pass
+    good, bad = (rows_of(talks, template, 64)[0] for talks in (world.conversations(LANG, "arithmetic_sft"), careless(world, seed)))
+    for rows, config in ((good, SFT(steps=150 if clean else 220, lr=3e-3, matrix_lr=.02)), *([] if clean else [(bad, SFT(steps=40, lr=1e-3, matrix_lr=.005))])):
+        for _ in sft(model, rows, replace(config, batch=16, length=64, replay=0., seed=seed, autocast="off"), progress=False): pass
     train, held = (prompts_of(template, world.questions(LANG, split)) for split in ("arithmetic_sft", "arithmetic"))
     def right(samples): return [float(world.grade(s.prompt.task, s.text)) for s in samples]
     def score(m):

@@ -128,3 +128,28 @@ def test_adaptive_penalty():
 @pytest.mark.parametrize("change,what", [(dict(lam=1.5), "above 1"), (dict(clip=0.), "PPO.clip"), (dict(kl_coef=-1.), "PPO.kl_coef"), (dict(lr=float("nan")), "PPO.lr")])
 def test_configuration(change, what):
     with pytest.raises(UserError, match=what): PPO(**change)
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_a_model_of_transformers_learns_the_same(name, tmp_path, ledger):
+    "Three steps of the whole algorithm on our Transformer and on transformers' Llama with the same weights"
+    from transformers import AutoModelForCausalLM
+    from llmbench.align.grpo import GRPO, grpo
+    from llmbench.align.ppo import ppo
+    from llmbench.align.rollout import Prompt, Sampling
+    from llmbench.model.transformer import Config, Transformer
+
+    class Tokens:
+        end_id, pad_id = 2, 0
+        def decode(self, ids): return " ".join(map(str, ids))
+    torch.manual_seed(1)
+    ours = Transformer(Config(vocab_size=31, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, d_hidden=48, max_length=20))
+    ours.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    run, config = (ppo, PPO(steps=3, sampling=Sampling(prompts=8, new_tokens=8), minibatch=4, warmup=0)) if name == "ppo" else (grpo, GRPO(steps=3, sampling=Sampling(prompts=2, group=4, new_tokens=8), beta=.1, epochs=2, warmup=0))
+    prompts = [Prompt([1, 5 + i, *range(9, 9 + i)]) for i in range(4)]
+    def marks(samples): return [sum(i % 7 for i in s.ids)/20 for s in samples]
+    a, b = (list(run(m, prompts, marks, Tokens(), config, progress=False)) for m in (ours, theirs))
+    assert [r.reward for r in a] == pytest.approx([r.reward for r in b], abs=1e-6) and a[-1].kl != 0
+    ledger(f"three steps of {name}: entropy, KL, gradient", "the same on transformers' Llama", max(abs(getattr(x, n) - getattr(y, n)) for x, y in zip(a, b) for n in ("entropy", "kl", "grad_norm")), 1e-3)
+    assert torch.allclose(ours.embed.weight, theirs.get_input_embeddings().weight, atol=1e-4)
