@@ -33,7 +33,7 @@ def summed(name, mine):
 rows = []
 for method in ("ppo", "grpo", "rloo", "grpo_scaled"):
     for beta in BETAS:
-        for seed in SEEDS:
+        for seed in SEEDS if method in ("ppo", "grpo") else range(3):
             config = learner(method.split("_")[0], beta, seed=seed)
             if method == "grpo_scaled": config = GRPO(**{**vars(config), "scale": True})
             curve = list(train_on_game(game, config, every=10))

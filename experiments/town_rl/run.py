@@ -79,9 +79,9 @@ def manners(seed):
     train, held = prompts_of(template, world.questions(LANG, "sft")), prompts_of(template, world.questions(LANG, "heldout")[::4])
     rows = [told(what="manners", seed=seed, run="start", **measured(model, model, held, template, world, marks, wide))]
     sampling = Sampling(prompts=32, new_tokens=LONGEST)
-    runs = dict(truth=(truth, PPO(sampling=sampling, steps=60, lr=1e-4, kl_coef=.05, seed=seed)),
-                proxy_free=(proxy, PPO(sampling=sampling, steps=80, lr=1e-4, kl_coef=0., missing_eos=0., seed=seed)),
-                proxy_leashed=(proxy, PPO(sampling=sampling, steps=80, lr=1e-4, kl_coef=.3, missing_eos=0., seed=seed)))
+    runs = dict(truth=(truth, PPO(sampling=sampling, steps=40, lr=1e-4, kl_coef=.05, seed=seed)),
+                proxy_free=(proxy, PPO(sampling=sampling, steps=60, lr=1e-4, kl_coef=0., missing_eos=0., seed=seed)),
+                proxy_leashed=(proxy, PPO(sampling=sampling, steps=40, lr=1e-4, kl_coef=.3, missing_eos=0., seed=seed)))
     for name, (mark, config) in runs.items():
         policy, curve = copy.deepcopy(model), []
         for r in ppo(policy, train, mark(world), template.tokenizer, config, ref=model, progress=False):

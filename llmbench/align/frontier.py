@@ -146,7 +146,7 @@ def best_of_exact(
         below = upto
     return out
 
-# %% ../../nbs/5_align/56_frontier.ipynb #d4bf3001
+# %% ../../nbs/5_align/56_frontier.ipynb #cf29bbe2
 def learner(
     method:str,   # "ppo", "grpo", "rloo"
     beta:float,   # price of a nat
@@ -157,7 +157,7 @@ def learner(
     "Settings that suit the small language"
     group = 1 if method == "ppo" else 16
     sampling = Sampling(prompts=64//group, group=group, new_tokens=LONGEST)
-    if method == "ppo": return PPO(sampling=sampling, steps=steps, lr=lr, epochs=2, minibatch=32, kl_coef=beta, missing_eos=0., stop_kl=0., seed=seed)
+    if method == "ppo": return PPO(sampling=sampling, steps=steps, lr=lr, value_lr=lr, epochs=2, minibatch=32, kl_coef=beta, missing_eos=0., stop_kl=0., seed=seed)
     return GRPO(sampling=sampling, steps=steps, lr=lr, loss="rloo" if method == "rloo" else "dr_grpo", scale=False, beta=beta, seed=seed)
 
 def train_on_game(

@@ -139,14 +139,15 @@ class PolicyAndValue(nn.Module):
         self.policy, self.head = policy, ValueHead(getattr(config, "d_model", None) or config.hidden_size)
         self.head.to(next(policy.parameters()).device)
 
-# %% ../../nbs/5_align/54_ppo.ipynb #bdd91287
+# %% ../../nbs/5_align/54_ppo.ipynb #d40c6388
 @dataclass(frozen=True)
 class PPO:
     "How to train; the defaults suit the town and a model of a million parameters"
     sampling:Sampling=Sampling(prompts=32, new_tokens=24) # how answers are drawn
     steps:int=60           # rollouts
     lr:float=2e-4          # AdamW's rate
-    warmup:int=10          # steps to it
+    value_lr:float=1e-3    # the value head's: it starts from nothing
+    warmup:int=10          # steps to the full rates
     epochs:int=2           # passes over a rollout
     minibatch:int=16       # answers of an update; 0 takes all
     clip:float=0.2         # of the policy's ratio
@@ -167,7 +168,7 @@ class PPO:
 
     def __post_init__(self):
         if self.autocast not in ("auto", "on", "off"): raise UserError(f"{self.autocast!r} is not known", "PPO.autocast", "Write auto, on or off")
-        least = dict(steps=1, lr=0, warmup=0, epochs=1, minibatch=0, clip=1e-6, value_clip=1e-6, vf_coef=0, gamma=0, lam=0, kl_coef=0, kl_target=0, horizon=1, entropy_coef=0, stop_kl=0, grad_clip=0, save_every=1)
+        least = dict(steps=1, lr=0, value_lr=0, warmup=0, epochs=1, minibatch=0, clip=1e-6, value_clip=1e-6, vf_coef=0, gamma=0, lam=0, kl_coef=0, kl_target=0, horizon=1, entropy_coef=0, stop_kl=0, grad_clip=0, save_every=1)
         for name, low in least.items():
             if not low <= getattr(self, name) < float("inf"): raise UserError(f"{getattr(self, name)!r} is out of range", f"PPO.{name}", f"Give a number from {low} up")
         if self.gamma > 1 or self.lam > 1: raise UserError("above 1 the sum of what is to come grows without end", "PPO.gamma, PPO.lam", "Give numbers from 0 to 1")
@@ -216,7 +217,7 @@ def learn(
     explained = 1 - float((spread - roll.old_values[counts]).var(correction=0)/spread.var(correction=0).clamp(min=1e-8))
     return {name: sum(xs)/max(1, len(xs)) for name, xs in seen.items()} | dict(entropy=entropy, drift=drift, updates=updates, explained=explained)
 
-# %% ../../nbs/5_align/54_ppo.ipynb #efac2ef5
+# %% ../../nbs/5_align/54_ppo.ipynb #cf57c0df
 def ppo(
     model:nn.Module,          # tuned; trained in place
     prompts:Sequence[Prompt], # what to ask
@@ -233,7 +234,7 @@ def ppo(
     settle(folder, algorithm="ppo", config=config, prompts=fingerprint([p.ids for p in prompts]))
     if ref is None: ref = copy.deepcopy(model).requires_grad_(False)
     trained, notes = PolicyAndValue(model), dict(kl_coef=config.kl_coef)
-    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=config.lr, betas=(.9, .95), weight_decay=0., fused=True)
+    optimizer = torch.optim.AdamW([dict(params=[p for p in model.parameters() if p.requires_grad]), dict(params=list(trained.head.parameters()), lr=config.value_lr)], lr=config.lr, betas=(.9, .95), weight_decay=0., fused=True)
     def one(step):
         asked, chance = prompts_at(prompts, config.sampling.prompts, step, config.seed), generator_at(config.seed, step)
         roll = rollout(model, asked, reward, tokenizer, config.sampling, ref, chance, trained.head, bf16=bf16)
