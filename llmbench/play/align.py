@@ -6,8 +6,8 @@
 __all__ = ['KINDS', 'LETTERS', 'REF', 'parse_ranking', 'Labels', 'trait_rewards', 'pair_labeller', 'labels_view', 'dpo_view',
            'dpo_explorer', 'pushed', 'kl_view', 'kl_explorer']
 
-# %% ../../nbs/7_play/75_align.ipynb #a5ec91ba
-import html, math, re
+# %% ../../nbs/7_play/75_align.ipynb #57a15871
+import html, re
 from itertools import product
 
 import ipywidgets as widgets
