@@ -176,6 +176,16 @@ def test_model_reward():
     assert roll_marks(samples) == [12., 11., 5.]
 
 
+def test_a_reward_model_gives_the_marks(model):
+    "`align.reward.RewardModel` through `model_reward`: each answer alone, without padding, gets the same mark"
+    from llmbench.align.reward import RewardModel
+    rater = RewardModel(model)
+    with torch.no_grad(): rater.score.normal_(generator=torch.Generator().manual_seed(0))
+    roll = rollout(model, PROMPTS, model_reward(rater, batch=4), Tokens(), Sampling(group=5, new_tokens=9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(): alone = torch.cat([rater(torch.tensor([s.prompt.ids + s.ids])) for s in roll.samples])
+    assert torch.allclose(roll.rewards, alone, atol=1e-4) and roll.rewards.std() > .1
+
+
 @pytest.mark.parametrize("code,passes", [
     ("def f(x): return x + 1", True), ("def f(x): return x", False), ("def f(x) return", False), ("exit(0)", False), ("import os; os._exit(0)", False),
     ("raise SystemExit(0)", False), ("while True: pass", False), ("f = [0]*10**11", False), ("def f(x):\n print('x'*100)\n return x + 1", True), ("import time; time.sleep(60)", False)])
