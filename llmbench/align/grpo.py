@@ -34,15 +34,15 @@ def group_advantages(
     centred = grouped - grouped.mean(1, keepdim=True)
     return (centred/(grouped.std(1, keepdim=True) + 1e-4) if scale else centred).view(-1)
 
-# %% ../../nbs/5_align/55_grpo.ipynb #c529ba6a
+# %% ../../nbs/5_align/55_grpo.ipynb #d87de0b1
 def rloo_advantages(
     rewards:Tensor, # (N,) groups contiguous
     group:int,      # answers to each prompt
 )->Tensor:          # (N,)
-    "Mark minus the mean of the siblings: leave-one-out, eq. 8 of arXiv:2402.14740"
+    "Mark minus the mean of the siblings: leave-one-out, arXiv:2402.14740"
     return group_advantages(rewards, group, scale=False)*group/(group - 1)
 
-# %% ../../nbs/5_align/55_grpo.ipynb #ba04f646
+# %% ../../nbs/5_align/55_grpo.ipynb #c9e316c0
 def best_of(
     rewards:Tensor, # (N,) groups contiguous
     group:int,      # answers to each prompt
@@ -53,7 +53,7 @@ def best_of(
 def best_of_kl(
     n:int, # answers to choose from
 )->float:  # nats
-    "Upper bound of the KL that Best-of-N pays; exact without ties (arXiv:2401.01879)"
+    "Upper bound of the KL that Best-of-N pays (arXiv:2401.01879); exact where no two rewards are equal and no answer has much weight"
     return math.log(n) - (n - 1)/n
 
 # %% ../../nbs/5_align/55_grpo.ipynb #9a7ddff0
