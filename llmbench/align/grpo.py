@@ -6,7 +6,7 @@
 __all__ = ['NORMALISE', 'group_advantages', 'rloo_advantages', 'best_of', 'best_of_kl', 'averaged', 'grpo_loss', 'rloo_loss',
            'GRPO', 'grpo_credit', 'flat_groups', 'grpo_learn', 'grpo']
 
-# %% ../../nbs/5_align/55_grpo.ipynb #7df43571
+# %% ../../nbs/5_align/55_grpo.ipynb #ba5a2873
 import copy, math, warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .kl import kl_k1, kl_k2, kl_k3
-from .loop import RLStep, generator_at, minibatches, prompts_at, run_steps, settle, take_step
+from .loop import RLStep, generator_at, minibatches, prompts_at, rollout_metrics, run_steps, settle, take_step
 from .rollout import Prompt, Rollout, Sampling, read_answers, rollout
 from ..core import UserError, fingerprint, masked_mean
 from ..train.checkpoint import latest
@@ -142,7 +142,7 @@ class GRPO:
         if self.loss not in (*NORMALISE, "rloo"): raise UserError(f"unknown loss {self.loss!r}", "GRPO.loss", f"Known: {', '.join(NORMALISE)}, rloo")
         if self.sampling.group < 2: raise UserError("a group of one has nothing to compare with", "GRPO.sampling.group", "Take 4 to 16 answers to each prompt")
 
-# %% ../../nbs/5_align/55_grpo.ipynb #e2d7c883
+# %% ../../nbs/5_align/55_grpo.ipynb #b3328397
 def grpo_credit(
     roll:Rollout,   # answers and marks
     config:GRPO,    # group, loss, beta
@@ -182,15 +182,19 @@ def grpo_learn(
         if entropy is None: entropy = float(read.entropy.detach())
         if config.stop_kl and drift > config.stop_kl: break
         if config.loss == "rloo": loss = rloo_loss(read.logps, old, a, part.counts, config.clip)
-        else: loss = grpo_loss(read.logps, old, a, part.counts, config.clip, config.clip_high, config.loss, part.ref_logps, config.beta, config.corrected, config.sampling.new_tokens, float(roll.counts.sum())*len(part)/len(roll))
+        else:
+            share = float(roll.counts.sum())*len(part)/len(roll)
+            how = dict(normalise=config.loss, ref_logps=part.ref_logps, beta=config.beta, corrected=config.corrected, longest=config.sampling.new_tokens, total=share)
+            loss = grpo_loss(read.logps, old, a, part.counts, config.clip, config.clip_high, **how)
         ratio, good = (read.logps - old).detach().exp(), a[:, None] > 0
         held = (ratio > 1 + config.clip_high) & good | (ratio < 1 - config.clip) & (a[:, None] < 0)
         updates += 1
-        told = dict(loss=float(loss.detach()), drift=drift, clipped=float(masked_mean(held.float(), part.counts)), grad_norm=take_step(loss, optimizer, config.grad_clip, f"{where}, update {updates}", kept))
+        told = dict(loss=float(loss.detach()), drift=drift, clipped=float(masked_mean(held.float(), part.counts)))
+        told["grad_norm"] = take_step(loss, optimizer, config.grad_clip, f"{where}, update {updates}", kept)
         for name, x in told.items(): seen[name].append(x)
     return {name: sum(xs)/max(1, len(xs)) for name, xs in seen.items()} | dict(entropy=entropy, updates=updates)
 
-# %% ../../nbs/5_align/55_grpo.ipynb #93b5fb23
+# %% ../../nbs/5_align/55_grpo.ipynb #d88ce1a8
 def grpo(
     model:nn.Module,          # tuned; trained in place
     prompts:Sequence[Prompt], # what to ask
@@ -216,14 +220,12 @@ def grpo(
         asked, chance = prompts_at(prompts, s.prompts, step, config.seed), generator_at(config.seed, step)
         roll = rollout(model, asked, reward, tokenizer, s, ref, chance, old=several or ref is not None, bf16=bf16)
         flat = flat_groups(roll.rewards, s.group)
-        note = f"{roll.samples[0].text.strip()!r} -> {float(roll.rewards[0]):.2f}"
+        told = rollout_metrics(roll) | dict(kl_coef=config.beta, flat=flat)
         if flat == 1:
-            note = f"all {s.group} answers to each of the {len(asked)} prompts got the same mark: every advantage is 0, " + ("only the KL term moves the policy" if config.beta and config.loss != "rloo" else "and nothing can be learned from this step")
-            if not warned: warnings.warn(f"step {step}: {note}", stacklevel=2)
+            told["note"] = f"all {s.group} answers to each of the {len(asked)} prompts got the same mark: every advantage is 0, " + ("only the KL term moves the policy" if config.beta and config.loss != "rloo" else "and nothing can be learned from this step")
+            if not warned: warnings.warn(f"step {step}: {told['note']}", stacklevel=2)
             warned = True
-        told = grpo_learn(model, optimizer, roll, config, chance, f"step {step}", latest(folder) if folder else None, bf16)
-        kl = None if ref is None else float(kl_k1(roll.old_logps, roll.ref_logps).sum(1).mean())
-        return told | dict(reward=float(roll.rewards.mean()), kl=kl, kl_coef=config.beta, length=float(roll.counts.sum(1).float().mean()), ended=float(roll.ended.float().mean()), flat=flat, note=note)
+        return told | grpo_learn(model, optimizer, roll, config, chance, f"step {step}", latest(folder) if folder else None, bf16)
     bf16 = config.autocast == "on" or config.autocast == "auto" and bf16_pays(str(next(model.parameters()).device))
     model.eval()
     return run_steps(model, optimizer, one, config.steps, folder, config.save_every, {}, progress, config.warmup)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['token_rewards', 'gae', 'whiten', 'policy_loss', 'clipped_share', 'value_loss', 'adapted', 'ValueHead',
-           'PolicyAndValue', 'PPO', 'credit', 'learn', 'ppo', 'samples_note']
+           'PolicyAndValue', 'PPO', 'credit', 'learn', 'ppo']
 
-# %% ../../nbs/5_align/54_ppo.ipynb #65cd3dba
+# %% ../../nbs/5_align/54_ppo.ipynb #eca01e95
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 import copy
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .kl import kl_k1, kl_k2
-from .loop import RLStep, generator_at, minibatches, prompts_at, run_steps, settle, take_step
+from .loop import RLStep, generator_at, minibatches, prompts_at, rollout_metrics, run_steps, settle, take_step
 from .rollout import Prompt, Rollout, Sampling, read_answers, rollout
 from ..core import UserError, fingerprint, masked_mean
 from ..train.checkpoint import latest
@@ -217,7 +217,7 @@ def learn(
     explained = 1 - float((spread - roll.old_values[counts]).var(correction=0)/spread.var(correction=0).clamp(min=1e-8))
     return {name: sum(xs)/max(1, len(xs)) for name, xs in seen.items()} | dict(entropy=entropy, drift=drift, updates=updates, explained=explained)
 
-# %% ../../nbs/5_align/54_ppo.ipynb #cf57c0df
+# %% ../../nbs/5_align/54_ppo.ipynb #6a97bb81
 def ppo(
     model:nn.Module,          # tuned; trained in place
     prompts:Sequence[Prompt], # what to ask
@@ -234,21 +234,15 @@ def ppo(
     settle(folder, algorithm="ppo", config=config, prompts=fingerprint([p.ids for p in prompts]))
     if ref is None: ref = copy.deepcopy(model).requires_grad_(False)
     trained, notes = PolicyAndValue(model), dict(kl_coef=config.kl_coef)
-    optimizer = torch.optim.AdamW([dict(params=[p for p in model.parameters() if p.requires_grad]), dict(params=list(trained.head.parameters()), lr=config.value_lr)], lr=config.lr, betas=(.9, .95), weight_decay=0., fused=True)
+    groups = [dict(params=[p for p in model.parameters() if p.requires_grad]), dict(params=list(trained.head.parameters()), lr=config.value_lr)]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(.9, .95), weight_decay=0., fused=True)
     def one(step):
         asked, chance = prompts_at(prompts, config.sampling.prompts, step, config.seed), generator_at(config.seed, step)
         roll = rollout(model, asked, reward, tokenizer, config.sampling, ref, chance, trained.head, bf16=bf16)
         told = learn(trained, optimizer, roll, config, notes["kl_coef"], chance, f"step {step}", latest(folder) if folder else None, bf16)
-        kl = float(kl_k1(roll.old_logps, roll.ref_logps).sum(1).mean())
-        told |= dict(reward=float(roll.rewards.mean()), kl=kl, kl_coef=notes["kl_coef"], length=float(roll.counts.sum(1).float().mean()), ended=float(roll.ended.float().mean()))
-        if config.kl_target: notes["kl_coef"] = adapted(notes["kl_coef"], kl, config.kl_target, len(roll), config.horizon)
-        return told | dict(note=samples_note(roll))
+        told |= rollout_metrics(roll) | dict(kl_coef=notes["kl_coef"])
+        if config.kl_target: notes["kl_coef"] = adapted(notes["kl_coef"], told["kl"], config.kl_target, len(roll), config.horizon)
+        return told
     bf16 = config.autocast == "on" or config.autocast == "auto" and bf16_pays(str(next(model.parameters()).device))
     model.eval()
     return run_steps(trained, optimizer, one, config.steps, folder, config.save_every, notes, progress, config.warmup)
-
-def samples_note(
-    roll:Rollout, # answers
-)->str:           # one line
-    "The first answer and its mark"
-    return f"{roll.samples[0].text.strip()!r} -> {float(roll.rewards[0]):.2f}"

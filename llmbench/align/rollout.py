@@ -185,7 +185,7 @@ def rewards_of(
         if not math.isfinite(float(mark)): raise UserError(f"mark {float(mark)} is not a finite number", place(i), "Give an answer that cannot be marked a low mark, not NaN")
     return torch.tensor([float(m) for m in marks])
 
-# %% ../../nbs/5_align/53_rollout.ipynb #6f6c085b
+# %% ../../nbs/5_align/53_rollout.ipynb #e3033812
 _LIMITS = """import resource as r, sys
 for name, most in (("CPU", {seconds}), ("AS", {memory}), ("FSIZE", 1 << 20), ("NOFILE", 32), ("CORE", 0)):
     try: r.setrlimit(getattr(r, "RLIMIT_" + name), (most, most))
@@ -200,9 +200,11 @@ def passes_tests(
 )->bool:                # True only when the last test has been reached
     "Run code and its tests in a process of their own; a limit against accidents, not a jail"
     word = secrets.token_hex(8)
-    program = _LIMITS.format(seconds=max(1, math.ceil(seconds)), memory=memory_mb << 20) + f"names = {{'__name__': 'answer'}}\nexec({code!r}, names)\nexec({tests!r}, names)\nsys.__stdout__.write({word!r})\nsys.__stdout__.flush()\n"
+    limits = _LIMITS.format(seconds=max(1, math.ceil(seconds)), memory=memory_mb << 20)
+    program = limits + f"names = {{'__name__': 'answer'}}\nexec({code!r}, names)\nexec({tests!r}, names)\nsys.__stdout__.write({word!r})\nsys.__stdout__.flush()\n"
     with tempfile.TemporaryDirectory() as folder:
-        child = subprocess.Popen([sys.executable, "-I", "-S", "-c", program], cwd=folder, env={}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        child = subprocess.Popen([sys.executable, "-I", "-S", "-c", program], cwd=folder, env={}, start_new_session=True, **pipes)
         try: said = child.communicate(timeout=seconds)[0]
         except subprocess.TimeoutExpired: said = b""
         finally:
@@ -228,7 +230,7 @@ def model_reward(
         return marks
     return reward
 
-# %% ../../nbs/5_align/53_rollout.ipynb #10068245
+# %% ../../nbs/5_align/53_rollout.ipynb #64aa66bd
 @dataclass(frozen=True)
 class Rollout:
     "Sampled answers, their marks, and what policy and reference thought of each token"
@@ -256,7 +258,8 @@ class Rollout:
         per_row = self.counts.sum(1).tolist()
         kept = None if self.kept is None else torch.cat([self.kept.split(per_row)[i] for i in index])
         def pick(x): return None if x is None else x[index]
-        return Rollout(pick(self.ids), pick(self.mask), pick(self.ended), pick(self.rewards), pick(self.old_logps), pick(self.ref_logps), pick(self.old_values), kept, [self.samples[i] for i in index])
+        tensors = {name: pick(getattr(self, name)) for name in ("ids", "mask", "ended", "rewards", "old_logps", "ref_logps", "old_values")}
+        return Rollout(**tensors, kept=kept, samples=[self.samples[i] for i in index])
 
 # %% ../../nbs/5_align/53_rollout.ipynb #e437c4cb
 @torch.no_grad()
