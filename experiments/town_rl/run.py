@@ -67,7 +67,7 @@ def told(**row):
 
 
 def manners(seed):
-    "A model that answers in eight ways, then PPO on the truth, on the biased proxy without a leash, and with one"
+    "A model that answers in four ways (polite or not, long or not), then PPO on the truth, on the biased proxy without a leash, and with one"
     model, template, world = load(seed)
     random, talks = Random(seed), []
     for q in world.questions(LANG, "sft"):
@@ -75,17 +75,17 @@ def manners(seed):
         talks.append({"messages": [dict(role="user", content=q.text), dict(role="assistant", content=world.answer_with(q, True, *bits))]})
     rows, _ = rows_of(talks, template, 96)
     for _ in sft(model, rows, SFT(steps=150, batch=16, length=96, lr=2e-3, matrix_lr=.01, replay=1/4, seed=seed, autocast="off"), document_rows(template.tokenizer, world.documents(LANG)), progress=False): pass
-    marks, wide = dict(truth=truth, proxy=proxy), Sampling(prompts=100, group=2, new_tokens=LONGEST)
+    marks, wide = dict(truth=truth, proxy=proxy), Sampling(prompts=100, new_tokens=LONGEST)
     train, held = prompts_of(template, world.questions(LANG, "sft")), prompts_of(template, world.questions(LANG, "heldout")[::4])
     rows = [told(what="manners", seed=seed, run="start", **measured(model, model, held, template, world, marks, wide))]
     sampling = Sampling(prompts=32, new_tokens=LONGEST)
-    runs = dict(truth=(truth, PPO(sampling=sampling, steps=40, lr=1e-4, kl_coef=.05, seed=seed)),
-                proxy_free=(proxy, PPO(sampling=sampling, steps=60, lr=1e-4, kl_coef=0., missing_eos=0., seed=seed)),
-                proxy_leashed=(proxy, PPO(sampling=sampling, steps=40, lr=1e-4, kl_coef=.3, missing_eos=0., seed=seed)))
+    runs = dict(truth=(truth, PPO(sampling=sampling, steps=25, lr=1e-4, kl_coef=.05, seed=seed)),
+                proxy_free=(proxy, PPO(sampling=sampling, steps=45, lr=2e-4, kl_coef=0., missing_eos=0., seed=seed)),
+                proxy_leashed=(proxy, PPO(sampling=sampling, steps=25, lr=1e-4, kl_coef=.3, missing_eos=0., seed=seed)))
     for name, (mark, config) in runs.items():
         policy, curve = copy.deepcopy(model), []
         for r in ppo(policy, train, mark(world), template.tokenizer, config, ref=model, progress=False):
-            if r.step % 10 == 9: curve.append(dict(step=r.step, reward=r.reward, kl=r.kl, entropy=r.entropy, clipped=r.clipped, drift=r.drift, explained=r.explained, length=r.length, ended=r.ended, **{k: v for k, v in measured(policy, model, held[:40], template, world, marks, Sampling(prompts=40, new_tokens=LONGEST)).items() if k in ("truth", "proxy")}))
+            if r.step % 5 == 4: curve.append(dict(step=r.step, reward=r.reward, kl=r.kl, entropy=r.entropy, clipped=r.clipped, drift=r.drift, explained=r.explained, length=r.length, ended=r.ended))
         rows.append(told(what="manners", seed=seed, run=name, seconds=r.seconds, **measured(policy, model, held, template, world, marks, wide), curve=curve))
     return rows
 
@@ -110,7 +110,7 @@ def arithmetic(seed, clean=False):
         return dict(train=share(train, 1.), held=share(held, 1.), train_greedy=share(train, .001), held_greedy=share(held, .001))
     name, curve = "clean" if clean else "careless", []
     found = [told(what="arithmetic", seed=seed, run=f"{name}, start", **score(model))]
-    for r in grpo(model, train, right, template.tokenizer, GRPO(sampling=Sampling(prompts=16, group=8, new_tokens=6), steps=120, lr=1e-4, seed=seed), progress=False):
+    for r in grpo(model, train, right, template.tokenizer, GRPO(sampling=Sampling(prompts=16, group=8, new_tokens=6), steps=100, lr=1e-4, seed=seed), progress=False):
         if r.step % 10 == 9: curve.append(dict(step=r.step, reward=r.reward, entropy=r.entropy, flat=r.flat, grad_norm=r.grad_norm))
     return found + [told(what="arithmetic", seed=seed, run=f"{name}, grpo", seconds=r.seconds, **score(model), curve=curve)]
 
@@ -120,7 +120,8 @@ def spread(xs): return f"{sum(xs)/len(xs):.3f} ({min(xs):.3f} to {max(xs):.3f})"
 
 if __name__ == "__main__":
     print(f"base models: {folder_of(0)}" + ("" if RUNS else ", the same for all seeds"), flush=True)
-    rows = [row for name in ONLY for seed in range(3) for row in dict(manners=manners, arithmetic=arithmetic, clean=lambda seed: arithmetic(seed, clean=True))[name](seed)]
+    parts_of = dict(manners=manners, arithmetic=arithmetic, clean=lambda seed: arithmetic(seed, clean=True))
+    rows = [row for name in ONLY for seed in range(3) for row in parts_of[name](seed)]
     for run in dict.fromkeys(r["run"] for r in rows):
         mine = [r for r in rows if r["run"] == run]
         print(run, {k: spread([r[k] for r in mine]) for k in mine[0] if isinstance(mine[0][k], float) and k != "seconds"}, flush=True)
