@@ -39,7 +39,7 @@ def test_a_dearer_nat_buys_less(game):
 
 def test_dpo_lands_on_the_frontier(game, start):
     at = dpo_on_game(game, .3, steps=200)
-    assert share(game, start, at) > .9 and at["kl"] > .5
+    assert share(game, start, at) > .75 and at["kl"] > .5
 
 
 def test_without_a_penalty_the_proxy_rises_and_the_truth_falls(game, start):
