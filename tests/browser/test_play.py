@@ -119,4 +119,22 @@ def test_two_notebooks_play_sections(lab):
     page.screenshot("play-plan-dark", full=False)
     ink, paper = (page.tab.evaluate(f"() => getComputedStyle(document.querySelector('.llmbench-panel td')).{what}") for what in ("color", "backgroundColor"))
     assert sum(map(int, ink[4:-1].split(",")[:3])) > 3*140, f"letters of {ink} on a dark page ({paper})"
+RL = ["from llmbench.play.rl import clip_explorer, gae_explorer, live_rl, overoptimisation_explorer\nclip = clip_explorer()\nclip", "credit = gae_explorer()\ncredit",
+      "live = live_rl()\nlive", "over = overoptimisation_explorer()\nover"]
+
+
+def test_reinforcement_learning(lab):
+    page = lab.open(RL).run_all()
+    clip, credit, live, over = (page.panel(i) for i in range(4))
+    with clip.changes(): clip.drag("ratio", .9)
+    with clip.changes(): clip.press("advantage", "ArrowLeft", times=6)
+    with credit.changes(): credit.drag("λ", .1)
+    with over.changes(): over.drag("β", .2)
+    live.press("steps", "Home")
+    with live.changes(20): live.click("Run")
+    wait(lambda: page.python("live._busy()") == "False", 60)
+    assert page.python("len(live.records)") == "10"
+    page.screenshot("play-rl")
+    page.theme("dark")
+    page.screenshot("play-rl-dark")
     assert page.errors() == []
