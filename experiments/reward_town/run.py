@@ -1,6 +1,6 @@
-"""A reward model of the town's preferences: python experiments/reward_town/run.py [--seeds 3] [--folder runs/align] [--steps 600]
+"""A reward model of the town's preferences: python experiments/reward_town/run.py [--seeds 3] [--folder runs/align] [--steps 900]
 
-Truth decides before politeness; length does not count. Trained on pairs about half of the people, three of four prompts; measured on the held-out
+Truth decides before politeness; length does not count. Trained from the pre-trained model on pairs about half of the people, three of four prompts; measured on the held-out
 prompts of the same people (nothing said about them in these words), and on people of whom no pair speaks. Writes results.json."""
 import argparse
 import json
@@ -54,7 +54,7 @@ def one(seed, folder, how, rounds):
     place = Path(folder)/f"seed{seed}"
     if not (place/"sft"/"done.json").exists(): run(Run(name=f"town-{seed}", seed=seed), place, until="sft")
     template, world = ChatTemplate.load(place/"sft"/"model"), World(seed)
-    model = RewardModel(Transformer.from_pretrained(place/"sft"/"model"), tokenizer_key(template.tokenizer))
+    model = RewardModel(Transformer.from_pretrained(place/"pretrain"/"model"), tokenizer_key(template.tokenizer))
     train, prompts = split_pairs(many_pairs(world, "sft", rounds, seed), .25, seed)
     groups = {"prompts": prompts, "people": many_pairs(world, "heldout", 1, seed)}
     rows = {name: pair_rows(pairs, template, how.length)[0] for name, pairs in {"train": train, **groups}.items()}
@@ -84,7 +84,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3, choices=range(2, 6), help="how many towns (default: 3)")
     parser.add_argument("--folder", default="runs/align", help="where the chains of the seeds are, or are made (default: runs/align)")
-    parser.add_argument("--steps", type=int, default=600, help="of training (default: 600)")
+    parser.add_argument("--steps", type=int, default=900, help="of training (default: 900)")
     parser.add_argument("--rounds", type=int, default=12, help="pairs for each question (default: 12)")
     options = parser.parse_args()
-    main(options.seeds, options.folder, Reward(steps=options.steps, batch=16, length=96, lr=2e-3, matrix_lr=.02), options.rounds)
+    main(options.seeds, options.folder, Reward(steps=options.steps, batch=16, length=96, lr=2e-3, matrix_lr=.02, center=0.), options.rounds)
