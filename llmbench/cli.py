@@ -17,6 +17,7 @@ from pathlib import Path
 import tyro
 
 import llmbench
+from .bench.preferences import Preferences
 from .bench.run import Run, keys, own_files, run
 from .bench.stages import Pretrain, Source
 from .core import UserError, read_json
@@ -39,10 +40,11 @@ class RunCommand:
     model:Config=Run().model          # shape of the model
     pretrain:Pretrain=Run().pretrain  # the base model
     sft:SFT=Run().sft                 # the model that answers
+    preferences:Preferences=Run().preferences # manners by pairs and by reward, sums by right and wrong (in the town only)
 
     def configuration(self)->Run: # for `bench.run`
         "The run that these options describe"
-        return Run(self.name, self.seed, Source(self.text, self.chat, self.people, self.valid), self.model, self.pretrain, self.sft)
+        return Run(self.name, self.seed, Source(self.text, self.chat, self.people, self.valid), self.model, self.pretrain, self.sft, self.preferences)
 
 def preset(
     arguments:list[str], # of the command line
@@ -253,6 +255,7 @@ def do_doctor(
 
 # %% ../nbs/99_cli.ipynb #a7e5fc00
 COMMANDS = dict(run=(RunCommand, do_run), pretrain=(RunCommand, lambda c: do_run(c, "pretrain")), sft=(RunCommand, lambda c: do_run(c, "sft")),
+                **{stage: (RunCommand, lambda c, stage=stage: do_run(c, stage)) for stage in ("reward", "dpo", "ppo", "grpo")},
                 eval=(EvalCommand, do_eval), chat=(ChatCommand, do_chat), lab=(LabCommand, do_lab), doctor=(DoctorCommand, do_doctor))
 ELSEWHERE = dict() # name: (module, options class, function, one line for --help); imported when called
 ABOUT = """llmbench: take a language model apart and put it together again
@@ -260,6 +263,7 @@ ABOUT = """llmbench: take a language model apart and put it together again
   llmbench run       text and conversations to a model that answers, and a report
   llmbench pretrain  the same, as far as the base model
   llmbench sft       the same, as far as the tuned model
+  llmbench reward    ... as far as a reward model; dpo, ppo, grpo: as far as a model taught by pairs, by reward, by right and wrong
   llmbench eval      score a model
   llmbench chat      talk to a model
   llmbench lab       open the course in JupyterLab

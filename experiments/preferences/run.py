@@ -2,7 +2,6 @@
 
 Each seed is a whole `llmbench run`; what was done before is not done again. Writes experiments/preferences/results.json."""
 import argparse
-import json
 import os
 from datetime import date
 from pathlib import Path

@@ -7,13 +7,14 @@ __all__ = ['Preferences', 'manners_of', 'prompts_of', 'true_reward', 'moody', 't
            'sampled', 'reinforce', 'calculate']
 
 # %% ../../nbs/8_bench/83b_preferences.ipynb #da80603a
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 import torch
 
-from ..core import read_json
+from ..core import read_json, write_json
 from ..align.dpo import DPO, dpo
 from ..align.grpo import GRPO, grpo
 from ..align.pairs import pair_rows
@@ -126,14 +127,13 @@ def prefer(
     before = manners_of(model, template, world)
     pairs = [p for p in world.preferences("both", by=("polite", "correct")) if p["chosen_traits"]["correct"] and p["rejected_traits"]["correct"]]
     rows, account = pair_rows(pairs, template, how.length)
-    for last in dpo(model, rows, how, folder=folder/"checkpoints", pad_id=template.tokenizer.pad_id): pass
+    for _ in dpo(model, rows, how, folder=folder/"checkpoints", pad_id=template.tokenizer.pad_id): pass
     model.save_pretrained(folder/"model")
     template.save(folder/"model")
     return dict(pairs=account.kept, before=before, after=manners_of(model, template, world), **_last(folder, "pairs.jsonl", ("chosen", "rejected", "margin", "accuracy")))
 
 def _last(folder, file, names):
     "Fields of the last record of a stage's log"
-    import json
     record = json.loads((folder/"checkpoints"/file).read_text().splitlines()[-1])
     return {name: record.get(name) for name in names}
 
@@ -165,7 +165,7 @@ def reinforce(
     paid = model_reward(judge, template.tokenizer.pad_id)
     train, held = (prompts_of(template, world.questions("en", split)[::step]) for split, step in (("sft", 1), ("heldout", 4)))
     before = sampled(model, ref, template, held, paid, world, how.sampling)
-    for last in ppo(model, train, paid, template.tokenizer, how, ref, folder/"checkpoints"): pass
+    for _ in ppo(model, train, paid, template.tokenizer, how, ref, folder/"checkpoints"): pass
     model.save_pretrained(folder/"model")
     template.save(folder/"model")
     return dict(before=before, after=sampled(model, ref, template, held, paid, world, how.sampling), best=2.)
@@ -186,9 +186,8 @@ def calculate(
     def right(samples): return [float(world.grade(s.prompt.task, s.text)) for s in samples]
     def share(prompts): return float(rollout(model, prompts, right, template.tokenizer, Sampling(prompts=len(prompts), group=4, new_tokens=how.sampling.new_tokens), generator=torch.Generator().manual_seed(9), old=False).rewards.mean())
     path = folder/"before.json"
-    from llmbench.core import write_json
     if not path.exists(): write_json(path, dict(trained=share(train), held=share(held)))
-    for last in grpo(model, train, right, template.tokenizer, how, folder=folder/"checkpoints"): pass
+    for _ in grpo(model, train, right, template.tokenizer, how, folder=folder/"checkpoints"): pass
     model.save_pretrained(folder/"model")
     template.save(folder/"model")
     return dict(before=read_json(path), after=dict(trained=share(train), held=share(held)))
