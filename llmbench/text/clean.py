@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['BLOCKS', 'UNSEEN', 'TAGS', 'MARKUP', 'ENTITY', 'BYTE', 'BROKEN', 'LEFTOVER', 'BREAKS', 'SPACES', 'UNSEEN_MARKS',
            'NARROW', 'COMPOSABLE', 'PERSONAL', 'REPAIRS', 'strip_html', 'mend_mojibake', 'drop_controls', 'narrow',
-           'drop_repeated_lines', 'tidy', 'is_id', 'is_card', 'mask_personal', 'Clean', 'repaired', 'clean', 'Account',
-           'blocklist', 'decide', 'record', 'clean_documents']
+           'drop_repeated_lines', 'tidy', 'is_id', 'is_card', 'mask_personal', 'Clean', 'first_change', 'repaired',
+           'clean', 'Account', 'blocklist', 'decide', 'record', 'clean_documents']
 
-# %% ../../nbs/1_text/10a_clean.ipynb #124c2665
+# %% ../../nbs/1_text/10a_clean.ipynb #e9c14027
 import html, re, unicodedata
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -156,7 +157,7 @@ def mask_personal(
         text = form.sub(lambda m, kind=kind, check=check: f"<{kind}>" if check(m[0]) else m[0], text)
     return text
 
-# %% ../../nbs/1_text/10a_clean.ipynb #db753c49
+# %% ../../nbs/1_text/10a_clean.ipynb #268673c4
 REPAIRS:dict[str, Callable] = {"html": strip_html, "mojibake": mend_mojibake, "controls": drop_controls, "widths": narrow, "repeated lines": drop_repeated_lines, "spaces": tidy}
 
 @dataclass(frozen=True)
@@ -172,16 +173,26 @@ class Clean:
         for given, known in ((self.repairs, REPAIRS), (self.personal, PERSONAL), (self.rules, RULES), (self.languages, ("en", "zh", "ja", "ko", "latin", "other"))):
             if wrong := [name for name in given if name not in known]: raise UserError(f"nothing is called {wrong[0]!r}", "cleaning rules", f"There are: {', '.join(known)}")
 
+def first_change(
+    before:str,   # a text
+    after:str,    # what became of it
+    width:int=80, # characters to show
+)->tuple[str, str]: # both from a little before their first difference
+    "Where two texts part, as an example to look at"
+    at = bisect_left(range(min(len(before), len(after))), True, key=lambda i: before[:i + 1] != after[:i + 1])
+    start = max(0, at - width//4)
+    return before[start:start + width], after[start:start + width]
+
 def repaired(
     text:str,          # a document
     how:Clean=Clean(), # what to do
-)->tuple[str, tuple[str, ...]]: # the text, and the names of the rules that changed it
+)->tuple[str, dict[str, tuple[str, str]]]: # the text; and for each rule that changed it, where it first did so: (before, after)
     "A document with everything repaired, and by which rules"
-    changed = []
+    changed = {}
     for name, rule in [*((n, f) for n, f in REPAIRS.items() if n in how.repairs), *((k, lambda t, k=k: mask_personal(t, (k,))) for k in PERSONAL if k in how.personal)]:
         before, text = text, rule(text)
-        if text != before: changed.append(name)
-    return text, tuple(changed)
+        if text != before: changed[name] = first_change(before, text)
+    return text, changed
 
 def clean(
     text:str,          # a document
@@ -190,7 +201,7 @@ def clean(
     "A document with everything repaired"
     return repaired(text, how)[0]
 
-# %% ../../nbs/1_text/10a_clean.ipynb #131a6709
+# %% ../../nbs/1_text/10a_clean.ipynb #4addb1f0
 @dataclass
 class Account:
     "What became of each document, and why; the sums are checked by `balanced`"
@@ -201,11 +212,15 @@ class Account:
     changed:Counter=field(default_factory=Counter) # rule: kept documents that it changed
     characters:int=0         # in the kept documents, as they came
     written:int=0            # in the kept documents, as they went
-    examples:dict=field(default_factory=dict) # rule or reason: (before, after), the first of each; after is empty for a dropped one
+    examples:dict=field(default_factory=dict) # rule or reason: (before, after), the first of each; of a dropped one its beginning and nothing
 
     def balanced(self)->bool: # True, always
         "Do the sums add up?"
         return self.read == self.kept + sum(self.dropped.values()) and 0 <= self.kept - self.untouched <= sum(self.changed.values())
+
+    def plain(self)->dict: # for JSON
+        "All of it, as plain objects"
+        return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
 
     def __str__(self):
         rows = [("read", self.read), *((f"  dropped: {k}", n) for k, n in self.dropped.most_common()), ("kept", self.kept), ("  untouched", self.untouched),
@@ -221,12 +236,12 @@ def blocklist(
     found = re.compile("|".join((r"(?<!\w)" if w[0].isascii() else "") + re.escape(w) + (r"(?!\w)" if w[-1].isascii() else "") for w in words))
     return lambda text: bool(found.search(text.lower()))
 
-# %% ../../nbs/1_text/10a_clean.ipynb #858e4ca3
+# %% ../../nbs/1_text/10a_clean.ipynb #11488904
 def decide(
     text:str,               # a document
     how:Clean=Clean(),      # what to do
     hooks:dict[str, Callable]|None=None, # reason: function of the repaired text that says True for what must go
-)->tuple[str, tuple, str]:  # the repaired text, the rules that changed it, and why it must go (empty: it stays)
+)->tuple[str, dict, str]:   # the repaired text; the rules that changed it, with (before, after); why it must go (empty: it stays)
     "One document: repaired, and judged"
     text, changed = repaired(text, how)
     if not text.strip(): return text, changed, "empty"
@@ -239,17 +254,19 @@ def record(
     account:Account,  # is changed
     before:str,       # the document as it came
     text:str,         # as it is now
-    changed:tuple,    # by these rules
+    changed:dict,     # by these rules, with (before, after)
     reason:str,       # why it goes; empty: it stays
 )->bool:              # True when it stays
     "Enter one document"
     account.read += 1
-    for name in [reason] if reason else changed: account.examples.setdefault(name, (before[:2000], "" if reason else text[:2000]))
-    if reason: account.dropped[reason] += 1
+    if reason:
+        account.dropped[reason] += 1
+        account.examples.setdefault(reason, (before[:200], ""))
     else:
         account.kept += 1
         account.untouched += text == before
-        account.changed.update(changed)
+        account.changed.update(changed.keys())
+        for name, example in changed.items(): account.examples.setdefault(name, example)
         account.characters += len(before)
         account.written += len(text)
     return not reason

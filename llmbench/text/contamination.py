@@ -15,7 +15,7 @@ from ..core import UserError
 from .dedup import group_numbers
 from .quality import words
 
-# %% ../../nbs/1_text/10c_contamination.ipynb #4fc418e4
+# %% ../../nbs/1_text/10c_contamination.ipynb #00ca3dd9
 SHORTEST = 8 # words: shorter items cannot be judged (GPT-3's least)
 
 @dataclass(frozen=True)
@@ -54,8 +54,10 @@ class ExamIndex:
         document:str, # of the training text
     )->int:           # how many of the exam's groups it holds
         "Let one document flow past"
-        found = [np.intersect1d(group_numbers(document, size), self.keys) for size in self.lengths]
-        places = np.searchsorted(self.keys, np.unique(np.concatenate([*found, np.zeros(0, np.uint64)])))
+        numbers = np.concatenate([group_numbers(document, size) for size in self.lengths] + [np.zeros(0, np.uint64)])
+        places = np.searchsorted(self.keys, numbers)
+        places = np.unique(places[np.append(self.keys, 0)[places] == numbers])  # behind the last key stands 0, a number like any other:
+        places = places[places < len(self.keys)]                                # so no place beyond the end
         self.seen[places[self.seen[places] < 0]] = self.documents
         self.documents += 1
         return len(places)
