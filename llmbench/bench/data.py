@@ -150,7 +150,7 @@ class DataCommand:
     job:tyro.conf.OmitArgPrefixes[Annotated[CleanJob, tyro.conf.subcommand("clean", prefix_name=False)] | Annotated[DedupJob, tyro.conf.subcommand("dedup", prefix_name=False)]
                                   | Annotated[CheckJob, tyro.conf.subcommand("check", prefix_name=False)]]=CleanJob() # what to do
 
-# %% ../../nbs/8_bench/85_data.ipynb #ca6bf090
+# %% ../../nbs/8_bench/85_data.ipynb #23f945c5
 def inputs(
     job,       # one of the three
 )->list[Path]: # the files and folders, all there
@@ -183,7 +183,11 @@ def as_line(
     "A document as it is written"
     return json.dumps(dict(text=text), ensure_ascii=False).encode() + b"\n"
 
-def key_of(job): return fingerprint(type(job).__name__, asdict(job))
+def key_of(
+    job,    # one of the three
+)->str:     # another one for other options
+    "What makes two calls the same work"
+    return fingerprint(type(job).__name__, asdict(job))
 
 # %% ../../nbs/8_bench/85_data.ipynb #df6c82b0
 def clean_files(
