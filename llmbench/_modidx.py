@@ -310,6 +310,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'llmbench.play.data.cleaning_viewer': ('7_play/data.html#cleaning_viewer', 'llmbench/play/data.py'),
                                     'llmbench.play.data.difference': ('7_play/data.html#difference', 'llmbench/play/data.py'),
                                     'llmbench.play.data.draw_curve': ('7_play/data.html#draw_curve', 'llmbench/play/data.py'),
+                                    'llmbench.play.data.leak_explorer': ('7_play/data.html#leak_explorer', 'llmbench/play/data.py'),
+                                    'llmbench.play.data.leak_view': ('7_play/data.html#leak_view', 'llmbench/play/data.py'),
                                     'llmbench.play.data.minhash_explorer': ('7_play/data.html#minhash_explorer', 'llmbench/play/data.py')},
             'llmbench.play.model': { 'llmbench.play.model.attention_explorer': ( '7_play/model.html#attention_explorer',
                                                                                  'llmbench/play/model.py'),

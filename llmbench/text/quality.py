@@ -44,7 +44,7 @@ def language(
     found = words(text)
     return "en" if sum(w in COMMON for w in found) >= .1*len(found) else "latin"
 
-# %% ../../nbs/1_text/10_quality.ipynb #4431846a
+# %% ../../nbs/1_text/10_quality.ipynb #92e63d36
 @dataclass(frozen=True)
 class Page:
     "A document, cut once for all measures"
@@ -59,7 +59,7 @@ def page(
     "Words, lines and language of a document"
     return Page(text, words(text), [line.strip() for line in text.split("\n") if line.strip()], language(text))
 
-# %% ../../nbs/1_text/10_quality.ipynb #3eed9254
+# %% ../../nbs/1_text/10_quality.ipynb #0c701e22
 def word_count(p:Page)->float: # words
     "Words; Chinese characters count one by one"
     return len(p.words)
@@ -74,7 +74,7 @@ def letter_share(p:Page)->float: # 0 to 1
     pieces = p.text.split() if p.language not in ("zh", "ja") else [c for c in p.text if not c.isspace()]
     return sum(any(c.isalpha() for c in piece) for piece in pieces)/max(1, len(pieces))
 
-# %% ../../nbs/1_text/10_quality.ipynb #cc0da787
+# %% ../../nbs/1_text/10_quality.ipynb #6bfce522
 def symbol_share(p:Page)->float: # symbols a word
     "`#`, `…` and their kin, for each word"
     return len(re.findall(r"[#…|\\~•►■□◆★]|\.\.\.", p.text))/max(1, len(p.words))
@@ -84,7 +84,7 @@ def common_words(p:Page)->float: # different ones
     if p.language in ("zh", "ja"): return len(COMMON_CHINESE & set(p.words))
     return len((STOP_WORDS if p.language == "en" else COMMON) & set(p.words)) if p.language in ("en", "latin") else 2.
 
-# %% ../../nbs/1_text/10_quality.ipynb #df385f06
+# %% ../../nbs/1_text/10_quality.ipynb #9cf358bc
 def _share(hits, p): return sum(hits)/max(1, len(p.lines))
 
 def bullet_share(p:Page)->float: # 0 to 1
@@ -99,7 +99,7 @@ def repeated_lines(p:Page)->float: # 0 to 1
     "Lines that stood there before"
     return 1 - len(set(p.lines))/max(1, len(p.lines))
 
-# %% ../../nbs/1_text/10_quality.ipynb #19c04ead
+# %% ../../nbs/1_text/10_quality.ipynb #68415446
 def top_share(
     p:Page,  # a page
     n:int=2, # words in a group
@@ -121,7 +121,7 @@ def copied_share(
         seen.add(group)
     return float(inside.mean()) if len(inside) else 0.
 
-# %% ../../nbs/1_text/10_quality.ipynb #80c46607
+# %% ../../nbs/1_text/10_quality.ipynb #03452a52
 def damage(p:Page)->float: # for each 1,000 characters
     "Characters that were lost in decoding"
     return 1000*p.text.count("\ufffd")/max(1, len(p.text))
@@ -130,7 +130,7 @@ def filler(p:Page)->float: # times
     "Typesetters' filler, and pages that only ask for JavaScript"
     return len(re.findall(r"lorem ipsum|(?:enable|requires?) javascript", p.text.lower()))
 
-# %% ../../nbs/1_text/10_quality.ipynb #5550584b
+# %% ../../nbs/1_text/10_quality.ipynb #3032cc81
 RULES:dict[str, tuple[Callable, float, float]] = { # name: (measure, least, most)
     "length":         (word_count,     20,  100_000),
     "word length":    (word_length,    3,   10),

@@ -86,6 +86,15 @@ def test_signature_equals_python_integers(ledger):
     ledger("dedup.signature (multiply-shift)", "Python's integers", np.abs(signature(members, 24, 7).astype(np.int64) - np.array(expected)).max(), 0)
 
 
+def test_no_member_is_overlooked():
+    "More functions than members: each member is the smallest for some function, also at the edges of the blocks of 512"
+    for size in (1, 511, 512, 513, 1025):
+        members = np.random.default_rng(size).integers(0, 2**64, size, np.uint64, endpoint=False)
+        a, b = hash_functions(6000, 2)
+        expected = np.min([((a[:, 0]*(x >> np.uint64(32)) + b[:, 0]) >> np.uint64(32)) for x in members], axis=0)
+        assert (signature(members, 6000, 2) == expected).all()
+
+
 def test_estimates_are_unbiased_and_spread_as_theory_says(ledger):
     worst_bias, worst_spread = 0., 0.
     for J in (.1, .3, .5, .8, .95):
@@ -211,6 +220,11 @@ def test_dedup_keeps_the_first_in_order():
     assert dedup([b, a, a, b.upper(), "?", a + "!", "?", "!"]) == [b, a, "?", "!"]
     assert dedup([a, a + " eleven"], .99) == [a, a + " eleven"] and dedup([a, a + " eleven"], .8) == [a]
     assert dedup([]) == []
+
+
+def test_documents_without_a_word_are_no_candidates():
+    rows = np.stack([minhash(t) for t in ("?!", "…", "a b c", "A, b; c", "")])
+    assert candidate_pairs(rows, 21, 6) == {(2, 3)} and (rows[0] == 2**32 - 1).all()
 
 
 def test_many_copies_cost_few_comparisons():
