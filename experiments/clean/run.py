@@ -18,10 +18,10 @@ paragraphs = [" ".join(p.split()) for topic in python_documents() for p in topic
 
 def dirty(text, draw_from):
     "One document as a crawler brings it: each kind of dirt with a probability of its own"
-    if draw_from.random() < .4: text = text.replace("'", "’").replace('"', "“").encode().decode("latin-1")
-    if draw_from.random() < .5: text = f'<div class="post"><p>{html.escape(text)}</p><script>track({draw_from.random()})</script></div>'
-    if draw_from.random() < .3: text = "".join(c + ("\u200b" if c == " " and draw_from.random() < .3 else "") for c in text)
     if draw_from.random() < .3: text = "".join(chr(ord(c) + 0xfee0) if c.isascii() and c.isalpha() and draw_from.random() < .2 else c for c in text)
+    if draw_from.random() < .3: text = "".join(c + ("\u200b" if c == " " and draw_from.random() < .3 else "") for c in text)
+    if draw_from.random() < .4: text = text.replace("'", "’").encode().decode("latin-1")
+    if draw_from.random() < .5: text = f'<div class="post"><p>{html.escape(text)}</p><script>track({draw_from.random()})</script></div>'
     return text
 
 

@@ -84,12 +84,12 @@ def common_words(p:Page)->float: # different ones
     if p.language in ("zh", "ja"): return len(COMMON_CHINESE & set(p.words))
     return len((STOP_WORDS if p.language == "en" else COMMON) & set(p.words)) if p.language in ("en", "latin") else 2.
 
-# %% ../../nbs/1_text/10_quality.ipynb #9cf358bc
+# %% ../../nbs/1_text/10_quality.ipynb #3dce83a3
 def _share(hits, p): return sum(hits)/max(1, len(p.lines))
 
 def bullet_share(p:Page)->float: # 0 to 1
     "Lines that begin with a bullet"
-    return _share((line[0] in "-*•·►◆■●" for line in p.lines), p)
+    return _share((re.match(r"[-*•·►◆■●]\s", line) is not None for line in p.lines), p)
 
 def ellipsis_share(p:Page)->float: # 0 to 1
     "Lines that end in dots, as teasers do"
