@@ -257,7 +257,9 @@ def do_doctor(
 COMMANDS = dict(run=(RunCommand, do_run), pretrain=(RunCommand, lambda c: do_run(c, "pretrain")), sft=(RunCommand, lambda c: do_run(c, "sft")),
                 **{stage: (RunCommand, lambda c, stage=stage: do_run(c, stage)) for stage in ("reward", "dpo", "ppo", "grpo")},
                 eval=(EvalCommand, do_eval), chat=(ChatCommand, do_chat), lab=(LabCommand, do_lab), doctor=(DoctorCommand, do_doctor))
-ELSEWHERE = dict() # name: (module, options class, function, one line for --help); imported when called
+ELSEWHERE = dict( # name: (module, options class, function, one line for --help); imported when called
+    data=("llmbench.bench.data", "DataCommand", "do_data", "clean, de-duplicate and check training text"),
+)
 ABOUT = """llmbench: take a language model apart and put it together again
 
   llmbench run       text and conversations to a model that answers, and a report
