@@ -80,7 +80,7 @@ def town_update(
     "A real update of the town's base model"
     return Update(town_model("base")[0], town_tuned() if optimizer == "AdamW" else town_model("tuned")[0])
 
-# %% ../../nbs/7_play/74a_lora.ipynb #1cec7777
+# %% ../../nbs/7_play/74a_lora.ipynb #dcd07e96
 def _spectrum(ax, s, r, size):
     "Singular values, the kept ones in green"
     x = torch.arange(1, len(s) + 1)
@@ -92,8 +92,8 @@ def _losses(ax, update, r, strength):
     "Loss before tuning, as cut down, and as tuned"
     names, values = ["W alone", f"rank {r}, alpha/r = {strength:.2g}", "whole update"], [update.loss(1, 0.), update.loss(r, strength), update.loss(10**4, 1.)]
     for name, value, colour in zip(names, values, ("masked", "trained", "chosen")): ax.barh(name, value, color=COLOURS[colour])
-    for y, value in enumerate(values): ax.text(min(value, 2*values[0]), y, f" {value:.3f}", va="center")
-    ax.set(xlabel="loss of held-out answers (nats/token)", xlim=(0, 1.3*min(max(values), 2*values[0])), title="all maps of the model, cut down alike")
+    for y, value in enumerate(values): ax.text(value, y, f" {value:.3f}", va="center")
+    ax.set(xlabel="loss of held-out answers (nats/token)", xlim=(0, 1.3*max(values)), title="all maps of the model, cut down alike")
     ax.invert_yaxis()
 
 def _maps(axes, W, BA, corner=48):
