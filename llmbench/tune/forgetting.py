@@ -6,15 +6,14 @@
 __all__ = ['forgetting', 'kl_to_old', 'share_at', 'drawn', 'replay_mix', 'restored', 'squared_score', 'fisher', 'ewc_penalty',
            'ewc_loss', 'average', 'pareto']
 
-# %% ../../nbs/4_tune/45_forgetting.ipynb #42dc734e
+# %% ../../nbs/4_tune/45_forgetting.ipynb #e113a533
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import UserError
-from ..text.batch import Batch, draw
+from ..text.batch import Batch
 from ..train.loop import batch_loss, counted
 
 # %% ../../nbs/4_tune/45_forgetting.ipynb #a0491049

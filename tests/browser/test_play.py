@@ -79,3 +79,19 @@ def test_live_training(lab):
     assert page.python("len(live.records)") == "20"
     page.screenshot("play-train")
     assert page.errors() == []
+
+
+def test_forgetting_lab(lab):
+    page = lab.open(["from llmbench.play.forgetting import forgetting_lab\nforget = forgetting_lab()\nforget"]).run_all()
+    panel = page.panel(0)
+    panel.drag("steps", 0.)
+    with panel.changes(): panel.click("Run")
+    wait(lambda: page.python("forget._busy()") == "False", 60)
+    assert page.python("len(forget.records)") == "4"
+    panel.press("replay (% of each batch)", "ArrowRight", times=25)
+    with panel.changes(): panel.click("Run")
+    wait(lambda: page.python("forget._busy()") == "False", 60)
+    page.screenshot("play-forgetting")
+    page.theme("dark")
+    page.screenshot("play-forgetting-dark")
+    assert page.errors() == []
