@@ -26,7 +26,7 @@ from ..tune.lora import add_lora, merge_lora
 from ..tune.sft import rows_of
 from ..use.evals import ask
 
-# %% ../../nbs/8_bench/86_forget.ipynb #a37fc199
+# %% ../../nbs/8_bench/86_forget.ipynb #d7a00173
 @dataclass(frozen=True)
 class Remedy:
     "What is done against forgetting; the defaults do nothing"
@@ -47,7 +47,7 @@ REMEDIES = (Remedy(), *(Remedy(f"replay {s:.0%}", share=s) for s in (.01, .05, .
 @dataclass(frozen=True)
 class Lesson:
     "How the new lesson is taught"
-    steps:int=160         # optimizer steps
+    steps:int=160         # optimizer steps without replay; with it more, so that as many new rows are seen
     batch:int=32          # rows a step
     length:int=96         # tokens a row
     lr:float=3e-3         # AdamW's peak rate; with LoRA for all
@@ -100,7 +100,7 @@ def examine(
     return scores | dict(old=(scores["people en"] + scores["people zh"])/2, new=(scores["goods en"] + scores["goods zh"])/2,
                          old_loss=evaluate(model, held), new_loss=evaluate(model, [given.new[0].rows(slice(0, 32))]), kl=kl_to_old(old, model, held[:1]))
 
-# %% ../../nbs/8_bench/86_forget.ipynb #2751b752
+# %% ../../nbs/8_bench/86_forget.ipynb #887d3b5e
 def prepared(
     start:nn.Module, # trained
     remedy:Remedy,   # base, rank, frozen
@@ -127,7 +127,7 @@ def teach(
         importance = {name: (importance[0][name] + importance[1][name])/2 for name in importance[0]}
         loss = ewc_loss({name: p.detach().clone() for name, p in model.named_parameters()}, importance, remedy.lam)
     batch_at = replay_mix(given.new, given.old if remedy.talks else given.old[:1], remedy.share, lesson.batch, lesson.seed)
-    how = Fit(steps=lesson.steps, lr=lesson.lr*remedy.rate, matrix_lr=0. if remedy.rank else lesson.matrix_lr*remedy.rate, warmup=10)
+    how = Fit(steps=round(lesson.steps/(1 - remedy.share)), lr=lesson.lr*remedy.rate, matrix_lr=0. if remedy.rank else lesson.matrix_lr*remedy.rate, warmup=10)
     yield from fit(model, batch_at, how, loss=loss, progress=progress)
     if remedy.rank: merge_lora(model)
     if remedy.tuned < 1: model.load_state_dict(average(start.state_dict(), model.state_dict(), remedy.tuned))
