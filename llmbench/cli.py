@@ -259,6 +259,7 @@ COMMANDS = dict(run=(RunCommand, do_run), pretrain=(RunCommand, lambda c: do_run
                 eval=(EvalCommand, do_eval), chat=(ChatCommand, do_chat), lab=(LabCommand, do_lab), doctor=(DoctorCommand, do_doctor))
 ELSEWHERE = dict( # name: (module, options class, function, one line for --help); imported when called
     data=("llmbench.bench.data", "DataCommand", "do_data", "clean, de-duplicate and check training text"),
+    forget=("llmbench.bench.forget", "ForgetCommand", "do_forget", "what a new lesson costs, and which remedy saves most"),
 )
 ABOUT = """llmbench: take a language model apart and put it together again
 

@@ -137,4 +137,17 @@ def test_reinforcement_learning(lab):
     page.screenshot("play-rl")
     page.theme("dark")
     page.screenshot("play-rl-dark")
+def test_forgetting_lab(lab):
+    page = lab.open(["from llmbench.play.forgetting import forgetting_lab\nforget = forgetting_lab()\nforget"]).run_all()
+    panel = page.panel(0)
+    panel.drag("steps", 0.)
+    with panel.changes(): panel.click("Run")
+    wait(lambda: page.python("forget._busy()") == "False", 60)
+    assert page.python("len(forget.records)") == "4"
+    panel.press("replay (% of each batch)", "ArrowRight", times=25)
+    with panel.changes(): panel.click("Run")
+    wait(lambda: page.python("forget._busy()") == "False", 60)
+    page.screenshot("play-forgetting")
+    page.theme("dark")
+    page.screenshot("play-forgetting-dark")
     assert page.errors() == []
