@@ -51,8 +51,8 @@ def one_block(model, hf, dtype=torch.float32):
     x = torch.randn(ROWS, LENGTH, 96, dtype=dtype, requires_grad=True)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     with saved_activations(model) as saved:
-        layer = base.model.layers[1] if hf else None
-        if hf: type(layer).forward(layer, x, position_embeddings=base.model.rotary_emb(x, torch.arange(LENGTH)[None]))
+        if hf: base.gradient_checkpointing_disable()
+        if hf: base.model.layers[1](x, position_embeddings=base.model.rotary_emb(x, torch.arange(LENGTH)[None]))
         else: model.blocks[1](x, *model.angles(0, LENGTH, None, x), None, None, 0)
     return saved.bytes
 
