@@ -254,7 +254,9 @@ def do_doctor(
 # %% ../nbs/99_cli.ipynb #a7e5fc00
 COMMANDS = dict(run=(RunCommand, do_run), pretrain=(RunCommand, lambda c: do_run(c, "pretrain")), sft=(RunCommand, lambda c: do_run(c, "sft")),
                 eval=(EvalCommand, do_eval), chat=(ChatCommand, do_chat), lab=(LabCommand, do_lab), doctor=(DoctorCommand, do_doctor))
-ELSEWHERE = dict() # name: (module, options class, function, one line for --help); imported when called
+ELSEWHERE = dict( # name: (module, options class, function, one line for --help); imported when called
+    memory=("llmbench.bench.memory", "MemoryCommand", "do_memory", "what a training step needs, and which cards it fits"),
+)
 ABOUT = """llmbench: take a language model apart and put it together again
 
   llmbench run       text and conversations to a model that answers, and a report

@@ -6,14 +6,14 @@
 __all__ = ['CARDS', 'USABLE', 'four_bits', 'matrix_numbers', 'base_numbers', 'trained_numbers', 'weights', 'gradients', 'states',
            'spread', 'gathered', 'Budget', 'estimate', 'memory', 'flops', 'hours', 'fits', 'advice']
 
-# %% ../../nbs/3_train/32_budget.ipynb #c7fb0bc0
+# %% ../../nbs/3_train/32_budget.ipynb #719e36a0
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core import UserError
 from ..model.transformer import Config
-from .activations import OPTIMIZERS, SHARDING, Plan, activations, kv_cache, logits
+from .activations import SHARDING, Plan, activations, kv_cache, logits
 from .shape import Shape, adapter_count, count, norm_numbers, read_shape
 
 # %% ../../nbs/3_train/32_budget.ipynb #895aa40b
@@ -82,7 +82,7 @@ def states(
     small = shape.n_layers*norm_numbers(shape)*(plan.method == "full")
     return dict(adamw=2*width*trained, adamw8bit=2*(1 + 4/256)*(trained - small) + 2*4*small, muon=width*hidden + 2*width*(trained - hidden), sgd=0)[plan.optimizer]
 
-# %% ../../nbs/3_train/32_budget.ipynb #6677de61
+# %% ../../nbs/3_train/32_budget.ipynb #d48d6fc6
 def spread(
     parts:dict,  # bytes by part on one card, as if it were alone
     shape:Shape, # any
@@ -93,7 +93,7 @@ def spread(
     cut = {"optimizer": 1, "masters": 1, "gradients": 2, "weights": 3, "adapters": 3}
     parts = {name: size/n if stage >= cut.get(name, 9) else size for name, size in parts.items()}
     if n > 1 and stage == 0 and parts.get("gradients"): parts["buckets"] = parts["gradients"]
-    if n > 1 and stage == 3: parts["gathered"] = gathered(shape, plan)
+    if n > 1 and stage == 3: parts = {k: v for k, v in parts.items() if k != "bf16 copies"} | dict(gathered=gathered(shape, plan))
     return parts
 
 def gathered(
@@ -145,7 +145,7 @@ def memory(
     if unknown: raise UserError(f"unknown option {', '.join(sorted(unknown))}", where="memory", mend=f"There are {', '.join(Plan.__dataclass_fields__)}")
     return estimate(read_shape(config), Plan(method, batch, length, **more))
 
-# %% ../../nbs/3_train/32_budget.ipynb #57e6c0a5
+# %% ../../nbs/3_train/32_budget.ipynb #e2fa3b3a
 def flops(
     config:Shape|Config|dict|str|Path, # as `memory`
     method:str="full",                 # full, lora, qlora, infer
@@ -153,14 +153,15 @@ def flops(
     checkpointing:bool=False,          # one more forward pass
     causal:bool=True,                  # scores of the future are skipped, as flash does; False counts them all
 )->dict:                               # FLOPs of one token: forward, input gradients, weight gradients, again
-    "6N a token and attention's 12 L T H D (PaLM, arXiv:2204.02311, appendix B), halved when causal; 4N with a frozen base; 2N more with checkpointing"
+    "6N a token and attention's 12 L T H D (PaLM, arXiv:2204.02311, appendix B), halved when causal; 4N with a frozen base; nearly 2N more with checkpointing (torch stops in each block when it has what it needs: before down)"
     shape = read_shape(config)
     n = sum(m.n_in*m.n_out*m.visits for m in shape.matrices())*shape.n_layers + shape.vocab_size*shape.d_model
     attention = 4*shape.n_layers*length*shape.n_heads*shape.head_width/(2 if causal else 1)
     parts = dict(forward=2*n + attention)
     if method == "infer": return parts
     parts |= {"input gradients": 2*n + 2*attention, "weight gradients": 2*n if method == "full" else 0}
-    return parts | ({"again": parts["forward"] - 2*shape.vocab_size*shape.d_model} if checkpointing else {})
+    down = shape.matrices()[-1]
+    return parts | ({"again": parts["forward"] - 2*shape.vocab_size*shape.d_model - 2*shape.n_layers*down.n_in*down.n_out*down.visits} if checkpointing else {})
 
 # %% ../../nbs/3_train/32_budget.ipynb #6b68c219
 def hours(
