@@ -28,7 +28,7 @@ def budgets(
     names = ("infer",) if method == "infer" else ("full", "lora", "qlora")
     return {name: estimate(read_shape(model), Plan(name, **how)) for name in names}
 
-# %% ../../nbs/7_play/73a_budget.ipynb #e2e77b26
+# %% ../../nbs/7_play/73a_budget.ipynb #bf914295
 def draw_budget(
     figure:Figure,   # cleared
     model:str,       # a name that `read_shape` knows
@@ -38,7 +38,8 @@ def draw_budget(
 )->list[str]:        # the cards that the chosen method fits
     "A bar for each method, in parts, and a line for each card"
     shape = read_shape(model)
-    length = min(length, shape.max_length)
+    how = {name: round(value) if isinstance(value, float) else value for name, value in how.items()} # sliders with powers of two give floats
+    length = min(round(length), shape.max_length)
     ax, found = figure.subplots(), budgets(model, method, length=length, **how)
     for y, (name, budget) in enumerate(found.items()):
         left = 0.
@@ -72,13 +73,13 @@ def card_lines(
         if x - last > .05*shown: ax.annotate(card, (x, 1.01), xycoords=ax.get_xaxis_transform(), ha="center", va="bottom", fontsize=8, color=INK)
         last = x if x - last > .05*shown else last
 
-# %% ../../nbs/7_play/73a_budget.ipynb #07901eb7
+# %% ../../nbs/7_play/73a_budget.ipynb #1c3b04bf
 def budget_explorer(
     model:str="llama-3-8b", # to begin with
 )->Panel:                   # shows itself
     "Which GPU do I need?"
     pick = lambda name, options, value: widgets.Dropdown(options=options, value=value, description=name)  # noqa: E731
-    power = lambda name, value, low, high: widgets.SelectionSlider(options=[2**i for i in range(low, high + 1)], value=value, description=name)  # noqa: E731
+    power = lambda name, value, low, high: widgets.FloatLogSlider(value, base=2, min=low, max=high, step=1, description=name, readout_format=",.0f")  # noqa: E731
     return Panel(draw_budget, size=(8.6, 3.9), model=pick("model", ["town", *KNOWN], model), method=pick("method", ["full", "lora", "qlora", "infer"], "qlora"),
                  batch=power("batch (rows a card)", 1, 0, 6), length=power("length (tokens)", 1024, 6, 11), gpus=power("cards", 1, 0, 7),
                  sharding=pick("sharding", ["ddp", "zero1", "zero2", "zero3"], "ddp"), checkpointing=widgets.Checkbox(True, description="checkpointing"),

@@ -185,7 +185,7 @@ def held(
     states = [x for o in optimizers for s in o.state.values() for x in s.values() if torch.is_tensor(x)]
     return dict(weights=tensor_bytes(model.parameters()), gradients=tensor_bytes(p.grad for p in model.parameters() if p.grad is not None), optimizer=tensor_bytes(states), shapes=local)
 
-# %% ../../nbs/3_train/33_parallel.ipynb #4f3b7719
+# %% ../../nbs/3_train/33_parallel.ipynb #48f517c6
 SMALL = Config(vocab_size=97, d_model=64, n_layers=3, n_heads=4, n_kv_heads=2, d_hidden=88, max_length=64)
 
 def example(
@@ -211,12 +211,13 @@ def train(
     optimizer, losses, mine = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=how != "tp"), [], slice(None) if how in ("one", "tp") else slice(rank*4//n, (rank + 1)*4//n)
     for step in range(steps):
         ids, mask = (x[mine] for x in example(step))
-        total = mask[:, 1:].sum() if how in ("one", "tp") else global_count(mask)
-        if not right: total = mask[:, 1:].sum()*n
-        loss = next_token_loss(model(ids), ids, mask, total) if how in ("one", "tp") else share_of_loss(model, ids, mask, total)
+        own, alike = mask[:, 1:].sum(), how in ("one", "tp")
+        everywhere = own if alike else global_count(mask)
+        total = everywhere if right else own*n
+        loss = next_token_loss(model(ids), ids, mask, total) if alike else share_of_loss(model, ids, mask, total)
         loss.backward()
         optimizer.step()
-        losses.append(mean_over_processes(loss))
+        losses.append(mean_over_processes(loss.detach()*total/everywhere))
         report = held(model, [optimizer])
         optimizer.zero_grad()
     return dict(losses=losses, pid=os.getpid(), **report)
