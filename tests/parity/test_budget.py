@@ -236,3 +236,17 @@ def test_sixteen_bytes_a_parameter():
         parts = memory(shape, "full", batch, precision="fp32").parts
         assert parts["weights"] == 4*n and parts["weights"] + parts["gradients"] + parts["optimizer"] == 16*n
     assert memory(shape, "full", 8).parts["activations"] == 8*memory(shape, "full", 1).parts["activations"]
+
+
+def tensors_in(x):
+    "Every tensor in nested dataclasses, tuples, lists and dictionaries"
+    if torch.is_tensor(x): return [x]
+    inside = x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else vars(x).values() if hasattr(x, "__dict__") else ()
+    return [t for y in inside for t in tensors_in(y)]
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_four_bits_equal_ours(double):
+    nf4 = pytest.importorskip("llmbench.tune.nf4", reason="tune.nf4 is not here yet")
+    kept = tensor_bytes(tensors_in(nf4.quantize(torch.randn(640, 384), double=double)))
+    assert abs(four_bits(640*384, double)/kept - 1) < .02, "packed weights and constants; code books are shared or small"
