@@ -260,6 +260,7 @@ COMMANDS = dict(run=(RunCommand, do_run), pretrain=(RunCommand, lambda c: do_run
 ELSEWHERE = dict( # name: (module, options class, function, one line for --help); imported when called
     data=("llmbench.bench.data", "DataCommand", "do_data", "clean, de-duplicate and check training text"),
     forget=("llmbench.bench.forget", "ForgetCommand", "do_forget", "what a new lesson costs, and which remedy saves most"),
+    memory=("llmbench.bench.memory", "MemoryCommand", "do_memory", "what a training step needs, and which cards it fits"),
 )
 ABOUT = """llmbench: take a language model apart and put it together again
 

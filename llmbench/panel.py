@@ -45,7 +45,6 @@ def _lay_out(self:Panel,
         control.observe(lambda change: self._moved(change), names="value")
     wide = dict(width=f"{round(size[0]*96)}px", max_width="100%", align_self="flex-start")
     self.picture = widgets.HTML() if self.html else widgets.Image(format="png", layout=wide)
-    self.picture.tooltip = (self.draw.__doc__ or "").split("\n")[0] or None
     self.box, self.status = widgets.HTML(), widgets.Label()
     self.button = widgets.Button(description="Run", icon="play")
     self.button.on_click(lambda button: self._pressed(button))

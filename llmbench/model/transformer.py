@@ -145,14 +145,14 @@ class Attention(nn.Module):
         layer:int=0,              # whose keys and values
     )->Tensor:                    # (B,T,C)
         "What the positions before tell each position"
-        B, T, C = x.shape
+        B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.D)                              # (B,T,H+2Hkv,D)
         qk, v = qkv.split([qkv.shape[2] - self.kv, self.kv], 2)
         q, k = turn(qk, cos, sin).split([qk.shape[2] - self.kv, self.kv], 2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)     # (B,H or Hkv,T,D)
         if cache is not None: k, v = cache.update(layer, k, v)
         y = training_attention(q, k, v, mask)                                 # (B,H,T,D)
-        return self.out(y.transpose(1, 2).reshape(B, T, C))
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 # %% ../../nbs/2_model/21_transformer.ipynb #edc77e7f
 class Block(nn.Module):

@@ -41,7 +41,7 @@ def test_redraw_returns_and_draws_into_one_figure():
     figure, first = panel.figure, bytes(panel.picture.value)
     assert panel.redraw(rate=2.) == 6. and panel.figure is figure and len(figure.axes) == 1
     assert bytes(panel.picture.value) != first and shot(panel).size == (576, 288)
-    assert panel.picture.layout.width == "384px" and panel.picture.tooltip == "The line under test"
+    assert panel.picture.layout.width == "384px" and panel.picture.tooltip is None  # an image with a tooltip fails in the browser
     assert panel.values == dict(rate=2.)
 
 
