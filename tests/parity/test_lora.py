@@ -258,7 +258,7 @@ def test_scales(): assert (Settings(4, 8.).scale, Settings(4, 8., rslora=True).s
 
 def test_patterns_begin_at_a_dot():
     "As PEFT's get_pattern_key: the end of the name, from a dot on; the first that fits"
-    from peft.utils import get_pattern_key
+    from peft.utils.other import get_pattern_key
     patterns = {"q_proj": 4, "layers.1.down_proj": 2, "layers.[23].up_proj": 5, "up_proj": 6}
     for name, right in {"a.q_proj": 4, "q_proj": 4, "a.fq_proj": 1, "a.q_proj2": 1, "a.layers.1.down_proj": 2, "a.layers.0.down_proj": 1, "layers.3.up_proj": 5, "layers.1.up_proj": 6}.items():
         assert by_pattern(patterns, name, 1) == patterns.get(get_pattern_key(patterns, name), 1) == right, name
