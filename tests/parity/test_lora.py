@@ -11,6 +11,7 @@ from llmbench.train.loss import next_token_loss
 from llmbench.tune.lora import (LoRALinear, Settings, add_lora, linear_maps, load_lora, merge_lora, recompute, save_lora, trainable_parameters, unmerge_lora, use_lora,
                                 without_lora)
 from llmbench.tune.lora_layer import LoRA, effective_rank, low_rank, rank_for, singular_values
+from llmbench.tune.peft_folder import by_pattern
 
 SHAPE = dict(vocab_size=90, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_hidden=40, max_length=32)
 CASES = {"all linear": dict(r=3, alpha=7., targets="all-linear"), "q and v, rsLoRA": dict(r=4, alpha=5., targets=["q_proj", "v_proj"], rslora=True),
@@ -253,6 +254,14 @@ def test_one_map_by_hand():
 
 
 def test_scales(): assert (Settings(4, 8.).scale, Settings(4, 8., rslora=True).scale, Settings(16, 8.).scale) == (2., 4., .5)
+
+
+def test_patterns_begin_at_a_dot():
+    "As PEFT's get_pattern_key: the end of the name, from a dot on; the first that fits"
+    from peft.utils.other import get_pattern_key
+    patterns = {"q_proj": 4, "layers.1.down_proj": 2, "layers.[23].up_proj": 5, "up_proj": 6}
+    for name, right in {"a.q_proj": 4, "q_proj": 4, "a.fq_proj": 1, "a.q_proj2": 1, "a.layers.1.down_proj": 2, "a.layers.0.down_proj": 1, "layers.3.up_proj": 5, "layers.1.up_proj": 6}.items():
+        assert by_pattern(patterns, name, 1) == patterns.get(get_pattern_key(patterns, name), 1) == right, name
 
 
 def test_spectrum_by_hand():
