@@ -1,4 +1,4 @@
-"""Reward models on real preferences: python experiments/reward_real/run.py [--seeds 3] [--steps 80] [--data ../shared/data]
+"""Reward models on real preferences: python experiments/reward_real/run.py [--seeds 3] [--steps 80] [--files gsm8k_solutions] [--length 256]
 
 A small decoder without pre-training, on preference_en.json and preference_zh.json (people's and models' choices) and on pairs made of
 gsm8k_model_solutions.jsonl (a right solution over a wrong one to the same question). Split by prompt; accuracy beside the rule "the longer
@@ -59,14 +59,14 @@ def one(name, pairs, seed, how):
                 longer=(lengths[:, 0] > lengths[:, 1]).float().mean().item(), calibration_error=calibration_error(rewards), **{f"length {k}": v for k, v in bias.items()})
 
 
-def main(seeds, steps, data):
+def main(seeds, steps, data, files, length):
     solved, tied = solution_pairs(Path(data)/"gsm8k_model_solutions.jsonl")
     print(f"gsm8k: {len(solved)} pairs; {tied} questions decide nothing")
     sets = {"preference_en": read_preferences(Path(data)/"preference_en.json", slots={}), "preference_zh": read_preferences(Path(data)/"preference_zh.json", slots={}), "gsm8k_solutions": solved}
     rows, summary = [], {}
-    for name, pairs in sets.items():
+    for name, pairs in ((name, sets[name]) for name in files):
         for seed in range(seeds):
-            rows.append(one(name, pairs, seed, Reward(steps=steps, batch=8, length=256, lr=2e-3, matrix_lr=.01, seed=seed)))
+            rows.append(one(name, pairs, seed, Reward(steps=steps, batch=8, length=length, lr=2e-3, matrix_lr=.01, seed=seed)))
             print(rows[-1], flush=True)
         mine = [r for r in rows if r["file"] == name]
         for figure in ("accuracy", "longer", "length longer_wins"): summary[f"{name} {figure}"] = interval([r[figure] for r in mine])
@@ -79,5 +79,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3, choices=range(2, 6), help="splits and initialisations (default: 3)")
     parser.add_argument("--steps", type=int, default=80, help="of training (default: 80)")
     parser.add_argument("--data", default="../shared/data", help="folder of the three files (default: ../shared/data)")
+    parser.add_argument("--files", nargs="+", default=["gsm8k_solutions"], choices=["preference_en", "preference_zh", "gsm8k_solutions"], help="which (default: gsm8k_solutions; the others need a length of 1,024 and more)")
+    parser.add_argument("--length", type=int, default=256, help="the most tokens of a row (default: 256)")
     options = parser.parse_args()
-    main(options.seeds, options.steps, options.data)
+    main(options.seeds, options.steps, options.data, options.files, options.length)
