@@ -122,12 +122,12 @@ PLAYED = [p for p in sorted((ROOT/"nbs").rglob("*.ipynb")) if ".ipynb_checkpoint
 @pytest.mark.parametrize("path", PLAYED, ids=lambda p: p.stem)
 def test_play_sections_hold_a_live_widget(path):
     "A section that only talks of a widget is none (STYLE.md)"
-    if "9_box" in str(path): pytest.skip("what runs on a GPU box has no slider")
+    if "9_box" in str(path) or path.stem in ("33_parallel", "53_rollout", "53a_loop", "85_data"): pytest.skip("processes, loops and commands have no slider")
     cells = json.loads(path.read_text())["cells"]
     if path.parent.name == "7_play": mine = cells
     else:
-        starts = [i for i, c in enumerate(cells) if c["cell_type"] == "markdown" and "".join(c["source"]).startswith("## Play")]
-        assert starts, f"{path.name} has no Play section, or it does not begin a cell"
+        starts = [i for i, c in enumerate(cells) if c["cell_type"] == "markdown" and re.search(r"^## Play", "".join(c["source"]), re.M)]
+        assert starts, f"{path.name} has no Play section"
         rest = cells[starts[0] + 1:]
-        mine = rest[:next((i for i, c in enumerate(rest) if "".join(c["source"]).startswith("## ")), len(rest))]
+        mine = rest[:next((i for i, c in enumerate(rest) if c["cell_type"] == "markdown" and re.search(r"^## ", "".join(c["source"]), re.M)), len(rest))]
     assert any("application/vnd.jupyter.widget-view+json" in o.get("data", {}) for c in mine for o in c.get("outputs", [])), f"{path.name}: no widget in its Play section"
