@@ -51,7 +51,7 @@ def have(
     folder:str="", # see `assets_folder`
 )->Path|None:      # its folder, when it is whole
     "An asset that is here already"
-    if name not in ASSETS: raise UserError(f"no asset {name!r}", "assets", f"There are: {', '.join(ASSETS)}")
+    if name not in ASSETS: raise UserError(f"no asset {name!r}", None, f"There are: {', '.join(ASSETS)}")
     place = assets_folder(folder)/name
     return place if (place/"asset.json").exists() and (place/ASSETS[name].keep).exists() else None
 
@@ -219,7 +219,7 @@ def do_assets(
 )->int:                    # exit code
     "List or fetch"
     verb, *names = command.what or ("list",)
-    if verb not in ("list", "get") or (verb == "get" and not names): raise UserError(f"what is to be done: {' '.join(command.what)!r}?", "assets", f"llmbench assets list, or llmbench assets get {'|'.join(ASSETS)}")
+    if verb not in ("list", "get") or (verb == "get" and not names): raise UserError(f"what is to be done: {' '.join(command.what)!r}?", None, f"llmbench assets list, or llmbench assets get {'|'.join(ASSETS)}")
     if verb == "get":
         for name in names: have(name, command.folder)
         for name in names: get(name, command.folder)

@@ -246,7 +246,7 @@ def start(
 )->int:                   # exit code: 0 it worked, 2 the input was at fault
     "Run a job of several processes, show what rank 0 says, and end all of it when one dies; UserError says who and how"
     how, folder = resolved(launch), Path(folder)
-    command, logs = command_of(launch, module, arguments, folder), folder/"logs"/time.strftime("%Y%m%d-%H%M%S")
+    command, logs = command_of(launch, module, arguments, folder), folder/"logs"/f"{time.strftime('%Y%m%d-%H%M%S')}-{how.node}"
     logs.mkdir(parents=True, exist_ok=True)
     write_whole(folder/"accelerate.yaml", accelerate_yaml(how))
     write_whole(folder/"command.txt", shown(command) + "\n")
@@ -255,7 +255,7 @@ def start(
     if "OMP_NUM_THREADS" not in environment and how.processes > 1: environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1)//how.processes))
     tail, known = Tail(logs), {}
     with open(logs/"launcher.log", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True, preexec_fn=die_with_parent if sys.platform.startswith("linux") else None)
+        process = subprocess.Popen(command, stdout=None if launch.accelerate else log, stderr=None if launch.accelerate else log, env=environment, start_new_session=True, preexec_fn=die_with_parent if sys.platform.startswith("linux") else None)
         try:
             while process.poll() is None:
                 known |= {p.pid: p for p in _descendants(process.pid)}
