@@ -184,6 +184,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'llmbench.box.trainer.Order.__iter__': ( '9_box/trainer.html#order.__iter__',
                                                                                'llmbench/box/trainer.py'),
                                       'llmbench.box.trainer.Order.__len__': ('9_box/trainer.html#order.__len__', 'llmbench/box/trainer.py'),
+                                      'llmbench.box.trainer._by_name': ('9_box/trainer.html#_by_name', 'llmbench/box/trainer.py'),
                                       'llmbench.box.trainer.allow_sharding_on_cpu': ( '9_box/trainer.html#allow_sharding_on_cpu',
                                                                                       'llmbench/box/trainer.py'),
                                       'llmbench.box.trainer.check_sharded': ('9_box/trainer.html#check_sharded', 'llmbench/box/trainer.py'),

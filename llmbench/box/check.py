@@ -15,7 +15,7 @@ from torch import nn
 
 from ..core import UserError, read_json
 
-# %% ../../nbs/9_box/90b_check.ipynb #84115d94
+# %% ../../nbs/9_box/90b_check.ipynb #9b8f1100
 def linear_layers(
     model:nn.Module, # from `hub.skeleton`, or a loaded one
 )->dict:             # {short name: {(out, in) shapes}}
@@ -26,7 +26,7 @@ def linear_layers(
             found.setdefault(name.split(".")[-1], set()).add(tuple(m.weight.shape) if type(m) is nn.Linear else (m.out_features, m.in_features) if hasattr(m, "out_features") else tuple(m.weight.shape)[::-1])
     return found
 
-# %% ../../nbs/9_box/90b_check.ipynb #ab41b8c3
+# %% ../../nbs/9_box/90b_check.ipynb #9752586d
 def check_targets(
     model:nn.Module,        # from `hub.skeleton`
     targets:tuple[str,...], # ends of layer names; () means all linear layers
@@ -45,11 +45,11 @@ def check_targets(
         picked |= {n: there[n] for n in short if n in there}
     picked = picked or there
     if rank < 1: raise UserError(f"rank {rank} is no rank", "--lora.r", "At least 1; 8 to 64 is usual")
-    for name, shapes in picked.items():
-        if rank > (most := min(map(min, shapes))): raise UserError(f"rank {rank} exceeds {name}, a matrix of {' x '.join(map(str, min(shapes, key=min)))}", "--lora.r", f"At most {most}: a higher rank adds nothing but memory")
+    least, name, shape = min((min(s), n, s) for n, shapes in picked.items() for s in shapes)
+    if rank > least: raise UserError(f"rank {rank} exceeds {name}, a matrix of {' x '.join(map(str, shape))}", "--lora.r", f"At most {least}: a higher rank adds nothing but memory" + ("" if targets else "; or name --lora.targets without it"))
     return picked
 
-# %% ../../nbs/9_box/90b_check.ipynb #a144594c
+# %% ../../nbs/9_box/90b_check.ipynb #7485404f
 def check_adapter(
     adapter:str,     # folder in PEFT's layout
     model:nn.Module, # from `hub.skeleton`: the base that it shall go on
@@ -73,7 +73,7 @@ def check_adapter(
     except SafetensorError as e: raise UserError(f"cannot be read: {e}", str(file), "Is the file cut off?") from e
     return config
 
-# %% ../../nbs/9_box/90b_check.ipynb #075cc496
+# %% ../../nbs/9_box/90b_check.ipynb #229e925a
 def check_four_bit(
     device:str="cpu", # "cpu", "cuda" or "mps": where it shall run
     config=None,      # of the model: one that is quantised already cannot be quantised again
@@ -87,7 +87,7 @@ def check_four_bit(
     except Exception as e: raise UserError(f"4-bit weights need bitsandbytes, which does not load here: {str(e)[:120]}", "--method qlora", "pip install bitsandbytes, or use --method lora") from e
     if device == "cuda" and torch.cuda.get_device_capability() < (6, 0): raise UserError("this GPU is too old for 4-bit weights", "--method qlora", "Use --method lora")
 
-# %% ../../nbs/9_box/90b_check.ipynb #9b8f1100
+# %% ../../nbs/9_box/90b_check.ipynb #e8569426
 @dataclass(frozen=True)
 class Need:
     "Bytes that one process holds while training"
@@ -116,7 +116,8 @@ def need_of(
         if isinstance(m, nn.Linear) and m is not model.get_output_embeddings(): linear.add(m)
     in_linear = sum(m.weight.numel() for m in linear)
     weights = count*size if method != "qlora" else int(in_linear*(.5 + .127/8)) + (count - in_linear)*size
-    trained = count if method == "full" else sum(rank*(o + i) for m_name, shapes in check_targets(model, targets, rank).items() for o, i in shapes for _ in range(c.num_hidden_layers))
+    picked = {} if method == "full" else check_targets(model, targets, rank)
+    trained = count if method == "full" else sum(rank*sum(m.weight.shape) for n, m in model.named_modules() if n.split(".")[-1] in picked and m in linear)
     layers, width = c.num_hidden_layers, c.hidden_size
     a_layer = tokens*width*(34 if size == 2 else 56)
     activations = tokens*width*size*layers + a_layer if checkpointing else a_layer*layers

@@ -19,7 +19,7 @@ from torch import nn
 from ..core import UserError, read_json
 from ..tune.chat import DEFAULT, SAMPLE, ChatTemplate
 
-# %% ../../nbs/9_box/90a_hub.ipynb #0655afa0
+# %% ../../nbs/9_box/90a_hub.ipynb #8aa713db
 @dataclass(frozen=True)
 class Place:
     "Where a model is: its base, and the adapter on it, if any"
@@ -52,7 +52,7 @@ def locate(
         raise UserError(f"no model in this folder: it holds {there}", name, "Expected config.json with model.safetensors, or adapter_config.json")
     return Place(str(folder), None, str(folder))
 
-# %% ../../nbs/9_box/90a_hub.ipynb #c4b81471
+# %% ../../nbs/9_box/90a_hub.ipynb #685eab9e
 def answered(
     call,     # function of no arguments that asks transformers for something
     name:str, # what it asks for
@@ -74,7 +74,7 @@ def answered(
     except Exception as e: # safetensors and tokenizers raise classes of their own
         raise UserError(f"cannot be read: {str(e).split(chr(10))[0][:200]}", name, "Is a file cut off? Fetch it again") from e
 
-# %% ../../nbs/9_box/90a_hub.ipynb #c2cd4d0a
+# %% ../../nbs/9_box/90a_hub.ipynb #fa66d6e5
 def read_config(
     place:Place, # from `locate`
 ):               # transformers' configuration of the base
@@ -91,7 +91,7 @@ def skeleton(
     if hasattr(plain, "quantization_config"): del plain.quantization_config
     with torch.device("meta"): return answered(lambda: AutoModelForCausalLM.from_config(plain), str(getattr(config, "name_or_path", "") or config.model_type))
 
-# %% ../../nbs/9_box/90a_hub.ipynb #8aa713db
+# %% ../../nbs/9_box/90a_hub.ipynb #0f937ba3
 class HubTokenizer:
     "A tokenizer of transformers under the names that our parts use"
     def __init__(self,
@@ -130,7 +130,7 @@ class HubTokenizer:
         "Each token alone"
         return [self.decode([i]) for i in ids]
 
-# %% ../../nbs/9_box/90a_hub.ipynb #3920cc9d
+# %% ../../nbs/9_box/90a_hub.ipynb #bf97daf5
 MARKS = "generation" # {% generation %} in a template: the assistant's words stand inside
 
 class HubTemplate(ChatTemplate):
@@ -187,7 +187,7 @@ class HubTemplate(ChatTemplate):
             for k in range(len(before), ends[-1] + 1 if ends else len(after)): mask[k] = 1
         return mask
 
-# %% ../../nbs/9_box/90a_hub.ipynb #27bab48f
+# %% ../../nbs/9_box/90a_hub.ipynb #a22c5fa6
 def plain_template(
     tokenizer, # of a base model that has no template
 )->str:        # ours, in words that it knows
@@ -206,7 +206,7 @@ def load_template(
     if inner.pad_token is None: inner.pad_token = inner.eos_token
     return HubTemplate(inner)
 
-# %% ../../nbs/9_box/90a_hub.ipynb #685eab9e
+# %% ../../nbs/9_box/90a_hub.ipynb #31810a8a
 @dataclass(frozen=True)
 class FourBit:
     "4-bit weights (bitsandbytes)"
@@ -234,7 +234,7 @@ def four_bit_config(
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=four.kind, bnb_4bit_use_double_quant=four.double,
                               bnb_4bit_compute_dtype=dtype if four.compute == "auto" else float_type(four.compute), bnb_4bit_quant_storage=dtype)
 
-# %% ../../nbs/9_box/90a_hub.ipynb #fa66d6e5
+# %% ../../nbs/9_box/90a_hub.ipynb #458c932c
 def cure_four_bit(
     model:nn.Module, # with bitsandbytes layers
 )->int:              # how many layers were told
@@ -267,7 +267,7 @@ def load_adapter(
     from peft import PeftModel
     return answered(lambda: PeftModel.from_pretrained(model, adapter, is_trainable=trainable), adapter)
 
-# %% ../../nbs/9_box/90a_hub.ipynb #e32cc9a0
+# %% ../../nbs/9_box/90a_hub.ipynb #c438c9d0
 class Logits(nn.Module):
     "A transformers model under the contract of ours: ids (B,T) -> logits (B,T,V)"
     def __init__(self,

@@ -19,7 +19,7 @@ from .hub import FourBit, Place, float_type, load_adapter, load_base, load_templ
 from ..core import UserError, read_json, write_json
 from ..tune.chat import SAMPLE
 
-# %% ../../nbs/9_box/91b_merge.ipynb #df2e0526
+# %% ../../nbs/9_box/91b_merge.ipynb #93248762
 @dataclass(frozen=True)
 class MergeCommand:
     "Add an adapter to its 16-bit base, measure what that changes, and write an ordinary model."
@@ -29,7 +29,7 @@ class MergeCommand:
     weights:str="bf16"  # type of the result: bf16, fp16 or fp32
     folder:str="runs"   # where runs stand
 
-# %% ../../nbs/9_box/91b_merge.ipynb #b94a2655
+# %% ../../nbs/9_box/91b_merge.ipynb #5506c8be
 @dataclass(frozen=True)
 class Change:
     "How far two models' outputs are apart on the same tokens"
@@ -49,7 +49,7 @@ def change(
     p, q = before.log_softmax(-1), after.log_softmax(-1)
     return Change(float((before - after).abs().max()), float((before - after).abs().mean()), float((p.exp()*(p - q)).sum(-1).mean()), float((before.argmax(-1) == after.argmax(-1)).float().mean()))
 
-# %% ../../nbs/9_box/91b_merge.ipynb #cb331c9e
+# %% ../../nbs/9_box/91b_merge.ipynb #687c9291
 def refuse_four_bit(
     place:Place, # of base and adapter
 )->None:
@@ -66,7 +66,7 @@ def trained_in_four_bits(
     job = Path(adapter).parent/"box.json"
     return job.exists() and read_json(job)["config"]["method"] == "qlora"
 
-# %% ../../nbs/9_box/91b_merge.ipynb #7b91c226
+# %% ../../nbs/9_box/91b_merge.ipynb #51c03d5e
 @torch.inference_mode()
 def logits_of(
     model:nn.Module, # transformers' or PEFT's
@@ -98,7 +98,7 @@ def merge(
     os.replace(draft, out)
     return found
 
-# %% ../../nbs/9_box/91b_merge.ipynb #f0f7d6e4
+# %% ../../nbs/9_box/91b_merge.ipynb #4481c243
 def do_merge(
     command:MergeCommand, # options
 )->int:                   # exit code

@@ -23,7 +23,7 @@ from ..text.corpus import split_documents
 from ..tune.chat import read_conversations
 from ..tune.sft import Account, rows_of
 
-# %% ../../nbs/9_box/91_sft.ipynb #7874689a
+# %% ../../nbs/9_box/91_sft.ipynb #28c3d997
 @dataclass(frozen=True)
 class Rows:
     "From conversations to rows"
@@ -66,7 +66,7 @@ class Save:
     valid_every:int=100 # steps between looks at held-out rows; 0: never
     trackers:tuple[str, ...]=() # wandb, tensorboard, mlflow, ... (installed by you)
 
-# %% ../../nbs/9_box/91_sft.ipynb #2c85dc2c
+# %% ../../nbs/9_box/91_sft.ipynb #ef480b81
 @dataclass(frozen=True)
 class BoxSFT:
     "Fine-tune a real model (Hugging Face layout) on conversations, with TRL, PEFT and bitsandbytes. Stopped, the same command goes on."
@@ -96,7 +96,7 @@ def restored(
     if set(value) - known: raise UserError(f"unknown fields {', '.join(sorted(set(value) - known))}", kind.__name__, "Was it written by another version?")
     return kind(**{k: restored(types[k], v) if is_dataclass(types[k]) else tuple(v) if isinstance(v, list) else v for k, v in value.items()})
 
-# %% ../../nbs/9_box/91_sft.ipynb #f0e0caa3
+# %% ../../nbs/9_box/91_sft.ipynb #2817b131
 def rows_for(
     config:BoxSFT,        # files, length, keep, valid, seed
     template:HubTemplate, # of the model
@@ -117,7 +117,7 @@ def dataset(
     from datasets import Dataset
     return Dataset.from_dict(dict(input_ids=[ids for ids, _ in rows], labels=[[i if m else -100 for i, m in zip(*row)] for row in rows]))
 
-# %% ../../nbs/9_box/91_sft.ipynb #3d62d951
+# %% ../../nbs/9_box/91_sft.ipynb #17daeaa5
 def check(
     config:BoxSFT,        # everything
 )->dict:                  # place, config, template, rows, need, free
@@ -152,7 +152,7 @@ def loaded_in(
     if config.optim.weights != "auto": return float_type(config.optim.weights)
     return torch.float32 if config.method == "full" or how.cpu else float_type("auto")
 
-# %% ../../nbs/9_box/91_sft.ipynb #994ab647
+# %% ../../nbs/9_box/91_sft.ipynb #4bedd0d6
 def last_checkpoint(
     folder:Path, # of a run's stage
 )->Path|None:    # the newest whole one
@@ -182,7 +182,7 @@ def build_model(
     l = config.lora
     return get_peft_model(model, LoraConfig(r=l.r, lora_alpha=l.alpha, lora_dropout=l.dropout, target_modules=list(l.targets) or "all-linear", use_rslora=l.rslora, task_type="CAUSAL_LM"))
 
-# %% ../../nbs/9_box/91_sft.ipynb #a3baa902
+# %% ../../nbs/9_box/91_sft.ipynb #7ded4e6e
 def arguments(
     config:BoxSFT, # everything
     how:Launch,    # resolved
@@ -203,7 +203,7 @@ def arguments(
         eval_steps=s.valid_every or None, eval_on_start=bool(valid and s.valid_every), seed=config.seed, data_seed=config.seed, use_cpu=how.cpu, bf16=how.precision == "bf16",
         report_to=list(s.trackers) or "none", ddp_timeout=how.timeout, ddp_find_unused_parameters=False, dataloader_pin_memory=not how.cpu, disable_tqdm=True, dataset_kwargs=dict(skip_prepare_dataset=not config.data.packed), **fsdp)
 
-# %% ../../nbs/9_box/91_sft.ipynb #45509231
+# %% ../../nbs/9_box/91_sft.ipynb #c34e4719
 def train(
     config:BoxSFT,       # everything
     found:dict,          # from `check`
@@ -230,7 +230,7 @@ def train(
         write_json(folder/"done.json", dict(key=key_of(config), facts=facts))
     return facts
 
-# %% ../../nbs/9_box/91_sft.ipynb #aa893d0d
+# %% ../../nbs/9_box/91_sft.ipynb #5efc6981
 def key_of(
     config:BoxSFT, # everything
 )->str:            # changes with whatever changes the result; processes and machines do not
@@ -254,7 +254,7 @@ def claim(
     write_json(mine, dict(key=key, config=asdict(config)))
     return folder
 
-# %% ../../nbs/9_box/91_sft.ipynb #28c3d997
+# %% ../../nbs/9_box/91_sft.ipynb #7d4ece50
 def plan(
     config:BoxSFT, # everything
     found:dict,    # from `check`
@@ -268,7 +268,7 @@ def plan(
         f"memory a process: about {need.total()/gb:.2f} GB (weights {need.weights/gb:.2f}, training {need.training/gb:.2f}, activations {need.activations/gb:.2f}); free: {found['free']/gb:.1f} GB",
         "command: " + shown(command_of(config.launch, "llmbench.box.sft", [str(folder/"job.json")], folder)), "", GUIDE])
 
-# %% ../../nbs/9_box/91_sft.ipynb #ef480b81
+# %% ../../nbs/9_box/91_sft.ipynb #82fb8f43
 def resume_point(
     folder:Path, # of the stage
 )->str:          # a sentence, or nothing
@@ -310,7 +310,7 @@ def told(
     scores = read_json(folder/"scores.json") if (folder/"scores.json").exists() else []
     return "\n".join([f"{s['model']}: {s['task']} {s['accuracy']:.3f} [{s['low']:.3f}, {s['high']:.3f}]" for s in scores] + [f"model: {folder/'model'}", f"talk to it: llmbench chat {folder/'model'}"])
 
-# %% ../../nbs/9_box/91_sft.ipynb #cf0ffc1d
+# %% ../../nbs/9_box/91_sft.ipynb #04c94410
 def work(
     job:str, # JSON file of a BoxSFT
 )->int:      # exit code
@@ -327,5 +327,5 @@ def work(
         if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
     return 0
 
-# %% ../../nbs/9_box/91_sft.ipynb #d11cd721
+# %% ../../nbs/9_box/91_sft.ipynb #303d2956
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(work(sys.argv[1]))

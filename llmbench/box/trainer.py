@@ -19,30 +19,44 @@ from ..text.batch import draw, pad
 from ..train.checkpoint import Step, log_step, read_steps
 from ..use.intervals import bootstrap_interval
 
-# %% ../../nbs/9_box/91a_trainer.ipynb #facf3927
+# %% ../../nbs/9_box/91a_trainer.ipynb #c8b09014
+def _by_name(model, optimizer):
+    "(name, parameter, its group) of what is trained, whatever wraps the model"
+    names = {p: name.removeprefix("module.") for name, p in model.named_parameters()}
+    return [(names[p], p, group) for group in optimizer.param_groups for p in group["params"]]
+
 def named_state(
-    model,     # as trained
+    model,     # as trained, sharded or not
     optimizer, # torch's
-)->tuple[dict, dict]: # tensors and numbers, by the parameter's name
+)->tuple[dict, dict]: # tensors "name|moment" and the groups' numbers by name; all processes must ask
     "What the optimizer remembers, whole and by name, so that any number of processes can go on from it"
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-    flat = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True))
-    tensors = {k: v.contiguous() for k, v in flat.items() if isinstance(v, torch.Tensor)}
-    return tensors, {k: v for k, v in flat.items() if k not in tensors and isinstance(v, (int, float, bool, str, list, tuple, type(None)))}
+    tensors, numbers = {}, {}
+    for name, p, group in _by_name(model, optimizer):
+        for key, value in optimizer.state.get(p, {}).items():
+            tensors[f"{name}|{key}"] = (value.full_tensor() if hasattr(value, "full_tensor") else torch.as_tensor(value)).detach().cpu().contiguous()
+        numbers[name] = {k: v for k, v in group.items() if isinstance(v, (bool, int, float))}
+    return tensors, numbers
 
 def set_named_state(
     model,        # as it will be trained, sharded or not
     optimizer,    # torch's
     folder:Path,  # of a checkpoint
 )->None:
-    "Give an optimizer its memory back"
+    "Give an optimizer its memory back; each process takes its share"
     from safetensors import safe_open
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+    from torch.distributed.tensor import DTensor, distribute_tensor
     with safe_open(folder/"optimizer.safetensors", "pt") as f:
-        flat = {k: f.get_tensor(k) for k in f.keys()} | json.loads(f.metadata()["numbers"])
-    set_optimizer_state_dict(model, optimizer, flat, options=StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True))
+        numbers, keys = json.loads(f.metadata()["numbers"]), {}
+        for key in f.keys(): keys.setdefault(key.split("|")[0], []).append(key)
+        for name, p, group in _by_name(model, optimizer):
+            group.update(numbers[name])
+            for key in keys.get(name, []):
+                value = f.get_tensor(key)
+                if isinstance(p, DTensor) and value.shape == p.shape: value = distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+                elif value.shape == p.shape: value = value.to(p.device)
+                optimizer.state[p][key.split("|")[1]] = value
 
-# %% ../../nbs/9_box/91a_trainer.ipynb #f9bf36fb
+# %% ../../nbs/9_box/91a_trainer.ipynb #ebfeecbf
 def left_whole(
     model, # prepared for training
 )->tuple[list[str], list[str]]: # 4-bit weights that are not sharded, other parameters that are not
@@ -82,7 +96,7 @@ def allow_sharding_on_cpu()->None:
         if self.__dict__.get("distributed_type") == DistributedType.MULTI_CPU: self.distributed_type = DistributedType.MULTI_GPU
     PartialState.__init__, PartialState._shards_on_cpu = init, True
 
-# %% ../../nbs/9_box/91a_trainer.ipynb #3a0ab3e9
+# %% ../../nbs/9_box/91a_trainer.ipynb #fe029115
 def held_out(
     model,         # transformers' model, wrapped or not
     rows:list,     # (ids, mask); all of them in every process
@@ -110,7 +124,7 @@ def held_out(
         nats, counts = both.cpu()
     return nats.numpy(), counts.numpy()
 
-# %% ../../nbs/9_box/91a_trainer.ipynb #cbb090c8
+# %% ../../nbs/9_box/91a_trainer.ipynb #eaa87b0d
 class Log:
     "The log of a run: a line of `steps.jsonl` a step, and a bar with the time left"
     def __init__(self,
@@ -157,7 +171,7 @@ class Log:
         self.waiting = None
         if end and self.bar: self.bar.close()
 
-# %% ../../nbs/9_box/91a_trainer.ipynb #c8b09014
+# %% ../../nbs/9_box/91a_trainer.ipynb #2e00be75
 class Order:
     "Which rows each step takes, for the whole run: a pure function of the step, so processes and restarts change nothing"
     def __init__(self,
@@ -171,7 +185,7 @@ class Order:
     def __iter__(self):
         for step in range(self.steps): yield from draw(self.rows, self.batch, step, self.seed).tolist()
 
-# %% ../../nbs/9_box/91a_trainer.ipynb #148d1d29
+# %% ../../nbs/9_box/91a_trainer.ipynb #d16a890f
 @cache
 def trainer_class()->type: # a subclass of TRL's SFTTrainer
     "Made when it is first asked for, since importing TRL takes seconds"
@@ -251,7 +265,7 @@ def trainer_class()->type: # a subclass of TRL's SFTTrainer
 
     return Trainer
 
-# %% ../../nbs/9_box/91a_trainer.ipynb #5a3f5de4
+# %% ../../nbs/9_box/91a_trainer.ipynb #779a328d
 def scores_of(
     found:dict,      # {"before" or "after": (nats, counts)} of the held-out rows
     vocab_size:int,  # what knowing nothing costs is its logarithm

@@ -12,9 +12,10 @@ judge = trainer.check_sharded
 
 
 def counted(model):
+    from bitsandbytes.nn import Linear4bit
     from torch.distributed.tensor import DTensor
     judge(model)
-    four = [p for p in model.parameters() if type(getattr(p, "_local_tensor", p)).__name__ == "Params4bit"]
+    four = [m.weight for m in model.modules() if isinstance(m, Linear4bit)]
     seen["now"] = [len(four), sum(isinstance(p, DTensor) for p in four), sum(isinstance(p, DTensor) for p in model.parameters()), sum(1 for _ in model.parameters())]
 
 

@@ -165,7 +165,7 @@ def test_estimate_by_hand(tiny):
 
 def test_other_settings_in_the_same_folder(job, tmp_path):
     claim(job())
-    with pytest.raises(UserError, match="other settings .optim.lr, lora.r"): claim(job(optim=replace(job().optim, lr=.5), lora=Lora(r=2)))
+    with pytest.raises(UserError, match="other settings .lora.r, optim.lr"): claim(job(optim=replace(job().optim, lr=.5), lora=Lora(r=2)))
     (tmp_path/"thesis"/"sft").mkdir(parents=True)
     (tmp_path/"thesis"/"sft"/"chapter.txt").write_text("four years")
     with pytest.raises(UserError, match="not made by a box run"): claim(job(name="thesis"))

@@ -86,7 +86,10 @@ def test_optimizer_state_by_name(tiny, ledger):
     optimizer = torch.optim.AdamW(model.parameters(), lr=.01)
     for _ in range(3): step(model, optimizer)
     tensors, numbers = named_state(model, optimizer)
-    assert "state.model.layers.1.mlp.up_proj.weight.exp_avg_sq" in tensors and all(k.startswith(("state.", "param_groups.")) for k in {**tensors, **numbers})
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+    theirs = get_optimizer_state_dict(model, optimizer)["state"]
+    assert tensors.keys() == {f"{name}|{key}" for name, s in theirs.items() for key in s} and numbers["model.norm.weight"]["lr"] == .01
+    assert all(torch.equal(tensors[f"{name}|{key}"], value) for name, s in theirs.items() for key, value in s.items())
     other = copy.deepcopy(model)
     fresh = torch.optim.AdamW(list(other.parameters())[::-1], lr=.5) # another order, another rate: the file decides, by name
     import tempfile
