@@ -46,7 +46,7 @@ def test_typed_special_strings_stay_text(smol):
 
 def test_mask_equals_trl_training_template(smol, ledger):
     "TRL knows a marked twin of the ChatML template; ours needs no twin"
-    chatml = "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}{% else %}{{ message.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    chatml = "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}{% else %}{{ message.content }}<|im_end|>{% endif %}{{ '\\n' }}{% endfor %}"
     wrong = 0
     for talk in TALKS[:2]:
         talk = talk if talk[0]["role"] == "system" else [S("You are a helpful AI assistant named SmolLM, trained by Hugging Face"), *talk]
@@ -125,18 +125,17 @@ def test_evaluation_does_not_spoil_four_bit_gradients(tmp_path):
         layer.load_state_dict(dict(weight=torch.randn(256, 256, generator=torch.Generator().manual_seed(1))*.05))
         layer = layer.to("cpu")
         if cured: assert cure_four_bit(torch.nn.Sequential(layer)) == 1
-        x = torch.randn(1, 8, 256, generator=torch.Generator().manual_seed(2)).bfloat16().requires_grad_()
+        x, scale = torch.randn(1, 8, 256, generator=torch.Generator().manual_seed(2)).bfloat16(), torch.ones(256, requires_grad=True)
         if evaluated:
-            layer.eval()
-            with torch.no_grad(): layer(x[:, :1])
-            layer.train()
-        layer(x).float().pow(2).sum().backward()
-        return x.grad.float()
+            with torch.no_grad(): layer.eval()(x[:, :1])
+        h = (x*scale).bfloat16()
+        (layer.train()(h) + h).float().pow(2).sum().backward()
+        return scale.grad
     right = gradient(True, False)
     assert (gradient(True, True) - right).abs().max() <= 1e-2*right.abs().max()
     spoiled = (gradient(False, True) - right).norm()/right.norm()
     if spoiled < .1: pytest.skip("this version of bitsandbytes no longer repacks here")
-    assert spoiled > .5
+    assert spoiled > .2
 
 
 def test_types():

@@ -134,9 +134,9 @@ def test_read_only_folder(tmp_path):
         else: target.chmod(0o700)
 
 
-@pytest.mark.parametrize("command", ["run", "pretrain", "sft", "eval", "chat", "lab", "doctor"])
+@pytest.mark.parametrize("command", ["run", "pretrain", "sft", "eval", "chat", "lab", "doctor", "merge", "assets", "sft --box"])
 def test_help_names_every_option_with_its_default(command, capsys):
-    with pytest.raises(SystemExit) as ended: main([command, "--help"])
+    with pytest.raises(SystemExit) as ended: main([*command.split(), "--help"])
     told = capsys.readouterr().out
     assert ended.value.code == 0 and "default" in told
     for line in told.split("│ --")[1:]: assert "default" in line.split("│ --")[0] or "help" in line, line
