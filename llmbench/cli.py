@@ -112,31 +112,32 @@ def parity()->list: # rows of the parity ledger; empty where the project's folde
 def find_model(
     name:str,           # of a run, or a folder with config.json, model.safetensors and tokenizer.json
     folder:str="runs",  # where runs stand
-)->Path:                # the model's folder
+)->Path|str:            # the model's folder, or its name on the hub
     "The tuned model of a run, or its base model when it was never tuned; UserError names what there is"
     for path in (Path(name), Path(folder)/name/"sft"/"model", Path(folder)/name/"pretrain"/"model", Path(name)/"sft"/"model", Path(name)/"pretrain"/"model"):
         if (path/"adapter_config.json").exists() or (path/"config.json").exists() and (path/"tokenizer.json").exists(): return path
     from llmbench.box.assets import ASSETS, have
     if name in ASSETS and (place := have(name)): return place
+    if name.count("/") == 1 and name[0] not in "./~" and not Path(name).parent.is_dir(): return name # owner/model
     there = sorted(p.parent.parent.parent.name for p in Path(folder).glob("*/*/model/config.json"))
     raise UserError(f"no model {name!r}", where=str(Path(folder)), mend=f"There are: {', '.join(dict.fromkeys(there))}" if there else "Make one with: llmbench run")
 
 def load_model(
-    path:Path,   # of a model's folder
-    base:str="", # of an adapter, where it does not say it right
-)->tuple:        # (model in eval mode: ids (B,T) -> logits (B,T,V), its template)
+    path:Path|str, # of a model's folder, or a name on the hub
+    base:str="",   # of an adapter, where it does not say it right
+)->tuple:          # (model in eval mode: ids (B,T) -> logits (B,T,V), its template)
     "A model and its template: ours, or one of transformers with or without an adapter"
     from llmbench.box.hub import is_hub_folder, load_hub
     from llmbench.model.transformer import Transformer
     from llmbench.tune.chat import ChatTemplate
-    if is_hub_folder(path): return load_hub(str(path), base)
+    if isinstance(path, str) or is_hub_folder(path): return load_hub(str(path), base)
     return Transformer.from_pretrained(path).eval(), ChatTemplate.load(path)
 
 # %% ../nbs/99_cli.ipynb #8a352a85
 @dataclass(frozen=True)
 class ChatCommand:
     "Talk to a model. An empty line or Ctrl-D ends the talk; /new forgets what was said."
-    model:tyro.conf.Positional[str]="town" # name of a run, or a folder: ours, Hugging Face's, or an adapter's
+    model:tyro.conf.Positional[str]="town" # name of a run, a folder (ours, Hugging Face's, or an adapter's), or a name on the hub
     folder:str="runs"          # where runs stand
     base:str=""                # an adapter's base, where the adapter does not say it right
     prompt:str=""              # ask this one question, print the answer, and stop
@@ -196,7 +197,7 @@ def say(
 @dataclass(frozen=True)
 class EvalCommand:
     "Score a model: on held-out text (nats per token, bits per byte), on conversations (nats per answer token, exact answers), or on the town's questions when neither is given."
-    model:tyro.conf.Positional[str]="town" # name of a run, or a folder: ours, Hugging Face's, or an adapter's
+    model:tyro.conf.Positional[str]="town" # name of a run, a folder (ours, Hugging Face's, or an adapter's), or a name on the hub
     folder:str="runs"        # where runs stand
     base:str=""              # an adapter's base, where the adapter does not say it right
     text:tuple[str, ...]=()  # files or folders of documents

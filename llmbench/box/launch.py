@@ -146,6 +146,7 @@ GUIDE = """From a laptop to four machines: what changes
   8 GPUs          torchrun --standalone --nproc-per-node 8. A step's --optim.batch rows are dealt to the processes, so losses
                   stay the same; --optim.micro is what one GPU sees at once. Fits on one GPU: ddp, the fastest. Does not: fsdp2,
                   each holds 1/8 of weights, gradients and states, and fetches a layer when it is needed.
+                  While loading, the machine's own memory holds one copy of the weights for each process.
   4 machines      the same line on each, with --nnodes 4 --node-rank 0..3 and the address of machine 0; or --launch.slurm.
                   The folder of the run, the model and the data must be seen by all. Layers now travel over the network:
                   keep --optim.micro large, and accumulate before you shard further.

@@ -130,6 +130,8 @@ def check(
     theirs, device = read_config(place), "cpu" if how.cpu else "cuda"
     bare = skeleton(theirs)
     if config.method == "qlora": check_four_bit(device, theirs)
+    if config.method == "qlora" and how.sharding == "fsdp2" and how.precision == "bf16" and loaded_in(config, how) != torch.bfloat16:
+        raise UserError("fsdp2 turns 32-bit storage into bf16 before the products, which would destroy packed 4-bit weights", "--optim.weights", "Take bf16 for both, or --launch.precision fp32")
     if config.method != "full": check_targets(bare, config.lora.targets, config.lora.r)
     if config.lora.adapter:
         if config.method == "full": raise UserError("full tuning has no adapter", "--lora.adapter", "Choose --method lora, or merge the adapter first: llmbench merge")
@@ -173,6 +175,7 @@ def build_model(
     "Base and adapter; weights of a checkpoint are loaded here, whatever number of processes wrote them"
     dtype, device = loaded_in(config, how), torch.device("cpu") if how.cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if not how.cpu: torch.cuda.set_device(device)
+    if how.sharding == "fsdp2" and config.method != "qlora": device = torch.device("cpu") # a GPU gets its share only
     if config.method == "full" and checkpoint: place = replace(place, base=str(checkpoint))
     model = load_base(place, dtype, config.four if config.method == "qlora" else None, device)
     seed_everything(config.seed)

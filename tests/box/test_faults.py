@@ -49,6 +49,7 @@ def wrong(capsys, *arguments):
     (dict(launch=Launch(processes=2, sharding="zero9", cpu=True)), ["zero9", "fsdp2"]),
     (dict(launch=Launch(nodes=2, node=2, cpu=True)), ["machine 2 of 2"]),
     (dict(launch=Launch(precision="int4", cpu=True)), ["int4"]),
+    (dict(method="qlora", launch=Launch(2, sharding="fsdp2", precision="bf16", cpu=True)), ["destroy packed 4-bit weights", "--optim.weights"]),
 ], ids=lambda x: str(next(iter(x.items())))[:40] if isinstance(x, dict) else "")
 def test_job(change, words, job, monkeypatch, tmp_path):
     monkeypatch.setenv("LLMBENCH_ASSETS", str(tmp_path/"none"))

@@ -38,6 +38,7 @@ def case(name, arguments, words): return pytest.param(arguments, words, id=name)
     case("negative layers", ["run", "--model.n-layers", "-1"], ["n_layers"]),
     case("vocabulary smaller than the bytes", ["run", *TINY, "--model.vocab-size", "100"], ["100", "256"]),
     case("no such run to talk to", ["chat", "atlantis"], ["atlantis", "llmbench run"]),
+    case("no such model on the hub", ["chat", "nobody/nothing"], ["nobody/nothing", "hub cannot be reached"]),
     case("no such run to judge", ["eval", "atlantis"], ["atlantis"]),
 ])
 def test_command_line(arguments, words, capsys, tmp_path, monkeypatch):
