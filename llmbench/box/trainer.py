@@ -206,11 +206,12 @@ def trainer_class()->type: # a subclass of TRL's SFTTrainer
         "TRL's trainer, with our log, held-out loss and checkpoints"
         def __init__(self, model, settings, data, held, template, folder, progress=True, begun=0):
             settings.eval_strategy, wanted = "no", settings.eval_strategy
+            exact = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
             super().__init__(model, settings, train_dataset=data, processing_class=template.inner)
             settings.eval_strategy, n = wanted, len(self.train_dataset)
             settings.max_steps = settings.max_steps if settings.max_steps > 0 else math.ceil(n*settings.num_train_epochs/self.rows_a_step())
-            for p in self.model.parameters():
-                if p.requires_grad and p.dtype != torch.float32 and type(p).__name__ != "Params4bit": p.data = p.data.float() # TRL makes adapters of 4-bit models bf16
+            for name, p in self.model.named_parameters():
+                if p.requires_grad: p.data = exact[name].float() # TRL rounds adapters of 4-bit models to bf16
             self.held, self.found = held, {}
             self.record = Log(folder, begun, progress, self.args.process_index == 0)
             self.remove_callback(PrinterCallback)
