@@ -38,6 +38,7 @@ def case(name, arguments, words): return pytest.param(arguments, words, id=name)
     case("negative layers", ["run", "--model.n-layers", "-1"], ["n_layers"]),
     case("vocabulary smaller than the bytes", ["run", *TINY, "--model.vocab-size", "100"], ["100", "256"]),
     case("no such run to talk to", ["chat", "atlantis"], ["atlantis", "llmbench run"]),
+    case("no such model on the hub", ["chat", "nobody/nothing"], ["nobody/nothing", "hub cannot be reached"]),
     case("no such run to judge", ["eval", "atlantis"], ["atlantis"]),
 ])
 def test_command_line(arguments, words, capsys, tmp_path, monkeypatch):
@@ -134,9 +135,9 @@ def test_read_only_folder(tmp_path):
         else: target.chmod(0o700)
 
 
-@pytest.mark.parametrize("command", ["run", "pretrain", "sft", "eval", "chat", "lab", "doctor"])
+@pytest.mark.parametrize("command", ["run", "pretrain", "sft", "eval", "chat", "lab", "doctor", "merge", "assets", "sft --box"])
 def test_help_names_every_option_with_its_default(command, capsys):
-    with pytest.raises(SystemExit) as ended: main([command, "--help"])
+    with pytest.raises(SystemExit) as ended: main([*command.split(), "--help"])
     told = capsys.readouterr().out
     assert ended.value.code == 0 and "default" in told
     for line in told.split("│ --")[1:]: assert "default" in line.split("│ --")[0] or "help" in line, line
