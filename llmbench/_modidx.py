@@ -248,6 +248,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'llmbench/bench/preferences.py'),
                                             'llmbench.bench.preferences.calculate': ( '8_bench/preferences.html#calculate',
                                                                                       'llmbench/bench/preferences.py'),
+                                            'llmbench.bench.preferences.careless_sums': ( '8_bench/preferences.html#careless_sums',
+                                                                                          'llmbench/bench/preferences.py'),
                                             'llmbench.bench.preferences.learn_reward': ( '8_bench/preferences.html#learn_reward',
                                                                                          'llmbench/bench/preferences.py'),
                                             'llmbench.bench.preferences.manners_of': ( '8_bench/preferences.html#manners_of',

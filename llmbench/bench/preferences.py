@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Preferences', 'manners_of', 'prompts_of', 'true_reward', 'moody', 'teach_manners', 'learn_reward', 'prefer',
-           'sampled', 'reinforce', 'calculate']
+           'sampled', 'reinforce', 'careless_sums', 'calculate']
 
 # %% ../../nbs/8_bench/83b_preferences.ipynb #da80603a
 import json
@@ -37,8 +37,9 @@ class Preferences:
     reward:Reward=Reward(length=128)                              # learns what is better from pairs
     dpo:DPO=DPO(steps=30, length=128, lr=5e-5, matrix_lr=0.)      # learns manners from pairs
     ppo:PPO=PPO(sampling=Sampling(prompts=32, new_tokens=44), steps=25, lr=1e-4) # learns manners from the reward model
-    sums:SFT=SFT(steps=120, batch=16, length=64, lr=3e-3, matrix_lr=.02, replay=0.) # begins to add
-    grpo:GRPO=GRPO(sampling=Sampling(prompts=16, group=8, new_tokens=6), steps=40, lr=1e-4) # learns to add, by right and wrong
+    sums:SFT=SFT(steps=220, batch=16, length=64, lr=3e-3, matrix_lr=.02, replay=0.) # learns to add
+    careless:SFT=SFT(steps=40, batch=16, length=64, lr=1e-3, matrix_lr=.005, replay=0.) # reads a book in which six sums of ten are wrong
+    grpo:GRPO=GRPO(sampling=Sampling(prompts=16, group=8, new_tokens=6), steps=70, lr=1e-4) # finds back to what it knew, by right and wrong
 
 # %% ../../nbs/8_bench/83b_preferences.ipynb #e01c70dd
 def manners_of(
@@ -171,17 +172,26 @@ def reinforce(
     return dict(before=before, after=sampled(model, ref, template, held, paid, world, how.sampling), best=2.)
 
 # %% ../../nbs/8_bench/83b_preferences.ipynb #9269570d
+def careless_sums(
+    world:World, # whose sums, and whose seed
+)->list[dict]:   # conversations
+    "The training sums four times over, six answers of ten wrong by 1, 2 or 10"
+    random = Random(f"careless {world.seed}")
+    def answer(q): return q.answer if random.random() < .4 else str(max(0, int(q.answer) + random.choice((-10, -2, -1, 1, 2, 10))))
+    return [{"messages": [dict(role="user", content=q.text), dict(role="assistant", content=f" {answer(q)}")]} for _ in range(4) for q in world.questions("en", "arithmetic_sft")]
+
 def calculate(
     folder:Path, # gets checkpoints and model/
     start:Path,  # folder of the tuned model
-    sums:SFT,    # how it begins
+    sums:SFT,    # how it learns them
+    careless:SFT,# how it is spoiled
     how:GRPO,    # sampling, steps, rates
     world:World, # the town
 )->dict:         # share of right sampled answers before and after, trained and held-out sums
     "Teach sums by right and wrong"
     model, template = Transformer.from_pretrained(start), ChatTemplate.load(start)
-    rows, _ = rows_of(world.conversations("en", "arithmetic_sft"), template, sums.length)
-    for _ in sft(model, rows, sums, folder=folder/"begin", pad_id=template.tokenizer.pad_id): pass
+    for name, talks, config in (("sums", world.conversations("en", "arithmetic_sft"), sums), ("careless", careless_sums(world), careless)):
+        for _ in sft(model, rows_of(talks, template, config.length)[0], config, folder=folder/name, pad_id=template.tokenizer.pad_id): pass
     train, held = (prompts_of(template, world.questions("en", split)) for split in ("arithmetic_sft", "arithmetic"))
     def right(samples): return [float(world.grade(s.prompt.task, s.text)) for s in samples]
     def share(prompts): return float(rollout(model, prompts, right, template.tokenizer, Sampling(prompts=len(prompts), group=4, new_tokens=how.sampling.new_tokens), generator=torch.Generator().manual_seed(9), old=False).rewards.mean())

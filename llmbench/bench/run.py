@@ -84,7 +84,7 @@ def keys(
                  pretrain=[asdict(run.model), asdict(run.pretrain), run.seed], sft=[asdict(run.sft)], eval=[])
     if run.source.town:
         p, code = run.preferences, code_key(("align", "bench/preferences.py"))
-        parts |= dict(manners=[asdict(p.manners), code], reward=[asdict(p.reward)], dpo=[asdict(p.dpo)], ppo=[asdict(p.ppo)], grpo=[asdict(p.sums), asdict(p.grpo), code])
+        parts |= dict(manners=[asdict(p.manners), code], reward=[asdict(p.reward)], dpo=[asdict(p.dpo)], ppo=[asdict(p.ppo)], grpo=[asdict(p.sums), asdict(p.careless), asdict(p.grpo), code])
     elif not run.source.chat: parts = {k: parts[k] for k in ("data", "bpe", "pretrain")}
     found = {}
     for stage, part in parts.items(): found[stage] = fingerprint(stage, found.get(ABOVE[stage], ""), part)
@@ -142,6 +142,6 @@ def run(
         reward=lambda f: learn_reward(f, at["manners"]/"model", p.reward, world),
         dpo=lambda f: prefer(f, at["manners"]/"model", p.dpo, world),
         ppo=lambda f: reinforce(f, at["manners"]/"model", at["reward"]/"model", p.ppo, world),
-        grpo=lambda f: calculate(f, at["sft"]/"model", p.sums, p.grpo, world))
+        grpo=lambda f: calculate(f, at["sft"]/"model", p.sums, p.careless, p.grpo, world))
     for stage in line_of(until) if until else todo: records[stage] = run_stage(at[stage], todo[stage], work[stage], say)
     return records
