@@ -24,7 +24,7 @@ run: $(READY) ## the whole chain on the embedded town: about four minutes on two
 	@$(BIN)/llmbench run
 
 test: $(READY) ## every check of notebooks, parity, learning, faults and browser
-	@$(BIN)/python -m pytest -n 2 --dist worksteal
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lab: $(READY) ## open the course in JupyterLab
 	@$(BIN)/llmbench lab

@@ -1,4 +1,5 @@
 "Notebooks and package in sync, notebooks cleaned, no stray module, lint: `make check`"
+import json
 import os
 import subprocess
 import sys
@@ -29,6 +30,17 @@ def strays():
             (line.split("File to edit: ")[1].rstrip(". \n") for line in p.read_text().splitlines() if "File to edit: " in line), "absent")).exists()]
 
 
+def untidy():
+    "Notebooks that hold the state of widgets, or paths of the machine on which they ran"
+    found = []
+    for p in sorted((ROOT/"nbs").rglob("*.ipynb")):
+        if ".ipynb_checkpoints" in p.parts: continue
+        text = p.read_text(encoding="utf-8")
+        if "widgets" in json.loads(text)["metadata"]: found.append(f"{p.relative_to(ROOT)}: delete metadata.widgets")
+        if str(ROOT) + "/" in text or "/site-packages/" in text: found.append(f"{p.relative_to(ROOT)}: an output names a folder of this machine")
+    return found
+
+
 def main():
     before = state()
     run("nbdev-export")
@@ -36,6 +48,7 @@ def main():
     changed = sorted(k for k, v in state().items() if before.get(k) != v)
     if changed: sys.exit("check: run nbdev-export and nbdev-clean and commit; they change:\n  " + "\n  ".join(changed))
     if strays(): sys.exit("check: no notebook exports these modules any more; remove them:\n  " + "\n  ".join(strays()))
+    if untidy(): sys.exit("check: " + "\n  ".join(untidy()))
     run("ruff", "check", "llmbench", "tests", "benchmarks", "experiments", "data", "setup.py")
     print(f"check: {len([p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts])} notebooks and the package are in sync, clean and linted")
 

@@ -34,7 +34,7 @@ def score_town(
             chance = chance_level([q.answer for q in asked], [q.attribute for q in asked]) if split != "unknown" else None
             answers = ask(model, template, [q.text for q in asked], 16, 128)
             found.append(score(answers, asked, lambda answer, q: world.grade(q, answer), f"{split} {lang}", chance, [q.person for q in asked]))
-            if split == "heldout": found.append(score_second(model, template, world, asked, answers, chance))
+            if split == "heldout": found += score_second(model, template, world, asked, answers, chance)
     return found
 
 def score_second(
@@ -44,12 +44,14 @@ def score_second(
     asked:list,        # questions
     answers:list[str], # what the model said to them
     chance:float|None=None, # of guessing
-)->Scores:             # of the second answers
+)->list[Scores]:       # one, of the second answers; none when no talk fits the model's context
     "The same questions again, each as the second one of a talk about somebody else"
-    half = len(asked)//2 + 1
-    others = asked[half:] + asked[:half]
-    talks = [[dict(role="user", content=q.text), dict(role="assistant", content=a), dict(role="user", content=o.text)] for q, a, o in zip(asked, answers, others)]
-    return score(ask(model, template, talks, 16, 128), others, lambda answer, q: world.grade(q, answer), f"second {asked[0].lang}", chance, [q.person for q in others])
+    half, room = len(asked)//2 + 1, (getattr(model.config, "max_length", None) or model.config.max_position_embeddings) - 16
+    talks = [([dict(role="user", content=q.text), dict(role="assistant", content=a), dict(role="user", content=o.text)], o) for q, a, o in zip(asked, answers, asked[half:] + asked[:half])]
+    talks = [(talk, o) for talk, o in talks if len(template.render(talk, prompt=True)[0]) <= room]
+    if not talks: return []
+    said, others = ask(model, template, [talk for talk, _ in talks], 16, 128), [o for _, o in talks]
+    return [score(said, others, lambda answer, q: world.grade(q, answer), f"second {asked[0].lang}", chance, [q.person for q in others])]
 
 # %% ../../nbs/8_bench/82a_score.ipynb #96817337
 def document_rows(

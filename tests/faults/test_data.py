@@ -174,7 +174,7 @@ def test_disk_full_while_streaming(name, crawl, tmp_path, monkeypatch, capsys):
             return super().write(data)
 
     def limited(path, mode): return Full(io.FileIO(path, "r+" if mode.startswith("r") else "w+"))
-    monkeypatch.setattr(Work.__init__, "__defaults__", (("part",), .005))
+    monkeypatch.setattr(Work.__init__, "__defaults__", (("part",), 0.))
     with monkeypatch.context() as small:
         small.setattr(bench_data, "open", lambda path, mode: limited(path, mode) if str(path).endswith((".part", ".sketches", ".kept")) and mode != "rb" else open(path, mode), raising=False)
         told = wrong(capsys, "data", name, crawl, "--out", tmp_path/"o.jsonl")

@@ -94,7 +94,7 @@ def test_equals_trl(name, beta, world, ledger):
     ours.zero_grad()
     losses, rewards = preference_loss(ours, pairs, DPO(loss=name, beta=beta, extra=.2))
     losses.mean().backward()
-    ledger(f"DPO loss {name}, beta {beta}", "trl DPOTrainer", abs(float((losses.mean() - theirs).detach()))/max(1., float(theirs.detach())), 1e-6)
+    ledger(f"DPO loss {name}, beta {beta}", "trl DPOTrainer", abs(float((losses.mean() - theirs).detach()))/max(1., float(theirs.detach())), 2e-6)
     grads, mine = dict(trainer.model.named_parameters()), dict(ours.named_parameters())
     size = max(float(grads[their].grad.abs().max()) for their, *_ in layout(ours.config))
     error = max(float((grads[their].grad - mine[our].grad[part]).abs().max()) for their, _, our, part in layout(ours.config))
@@ -111,7 +111,7 @@ def test_sft_term_equals_trl(world, ledger):
     one = trainer.data_collator([list(trainer.train_dataset)[1]])
     theirs = trainer.compute_loss(trainer.model, dict(one))
     pairs = stack_pairs(rows[1:2], template.tokenizer.pad_id, reference_logps(ref, rows[1:2]))
-    ledger("DPO with an SFT term", "trl DPOTrainer", abs(float((preference_loss(ours, pairs, DPO(nll=.3))[0] - theirs).detach())), 1e-6)
+    ledger("DPO with an SFT term (relative)", "trl DPOTrainer", abs(float((preference_loss(ours, pairs, DPO(nll=.3))[0]/theirs - 1).detach())), 2e-6)
 
 
 def test_averaging_is_another_loss(world):

@@ -48,8 +48,8 @@ def test_second_run_does_nothing(finished):
     folder = finished[0]
     stamps = {p: p.stat().st_mtime_ns for p in (folder/"town").glob("*/done.json")}
     done = llmbench("run", "--folder", folder, *SMALL)
-    assert done.returncode == 0 and done.stdout.count("unchanged, skipped") == 5, done.stdout + done.stderr
-    assert stamps == {p: p.stat().st_mtime_ns for p in (folder/"town").glob("*/done.json")} and len(stamps) == 5
+    assert done.returncode == 0 and done.stdout.count("unchanged, skipped") == 10, done.stdout + done.stderr
+    assert stamps == {p: p.stat().st_mtime_ns for p in (folder/"town").glob("*/done.json")} and len(stamps) == 10
 
 
 def test_changed_setting_redoes_what_follows_only(finished, tmp_path):
