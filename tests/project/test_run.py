@@ -13,7 +13,8 @@ import pytest
 
 COMMAND = str(Path(sys.executable).parent/"llmbench")
 SMALL = ("--people 6 --model.d-model 32 --model.n-layers 2 --model.n-heads 2 --model.n-kv-heads 1 --model.d-hidden 64 --model.vocab-size 400 "
-         "--pretrain.batch 8 --pretrain.fit.steps 60 --pretrain.fit.save-every 10 --pretrain.fit.valid-every 20 --sft.steps 30 --sft.batch 8").split()
+         "--pretrain.batch 8 --pretrain.fit.steps 60 --pretrain.fit.save-every 10 --pretrain.fit.valid-every 20 --sft.steps 30 --sft.batch 8 "
+         "--preferences.manners.steps 4 --preferences.reward.steps 4 --preferences.dpo.steps 2 --preferences.ppo.steps 1 --preferences.sums.steps 4 --preferences.careless.steps 2 --preferences.grpo.steps 2").split()
 
 
 def llmbench(*arguments, **how):
