@@ -110,15 +110,17 @@ def test_two_notebooks_play_sections(lab):
     page = lab.open(NBS/"8_bench"/"80_run.ipynb").run_all()
     plan = play_panel(page)
     with plan.changes(): plan.press("pre-training steps", "ArrowRight")
-    wait(lambda: plan.content().count("to do") == 3)
+    wait(lambda: plan.content().count("to do") == 8)
     with plan.changes(): plan.drag("seed", 1.)
-    assert page.python("panel.values['seed']") == "9" and plan.content().count("to do") == 5
+    assert page.python("panel.values['seed']") == "9" and plan.content().count("to do") == 10
     page.theme("light")
     page.screenshot("play-plan", full=False)
     page.theme("dark")
     page.screenshot("play-plan-dark", full=False)
     ink, paper = (page.tab.evaluate(f"() => getComputedStyle(document.querySelector('.llmbench-panel td')).{what}") for what in ("color", "backgroundColor"))
     assert sum(map(int, ink[4:-1].split(",")[:3])) > 3*140, f"letters of {ink} on a dark page ({paper})"
+
+
 RL = ["from llmbench.play.rl import clip_explorer, gae_explorer, live_rl, overoptimisation_explorer\nclip = clip_explorer()\nclip", "credit = gae_explorer()\ncredit",
       "live = live_rl()\nlive", "over = overoptimisation_explorer()\nover"]
 
@@ -141,9 +143,10 @@ def test_forgetting_lab(lab):
     page = lab.open(["from llmbench.play.forgetting import forgetting_lab\nforget = forgetting_lab()\nforget"]).run_all()
     panel = page.panel(0)
     panel.drag("steps", 0.)
+    wait(lambda: page.python("forget.values['steps']") == "12")
     with panel.changes(): panel.click("Run")
     wait(lambda: page.python("forget._busy()") == "False", 60)
-    assert int(page.python("len(forget.records)")) == 1 + int(page.python("forget.values['steps']"))//4
+    assert page.python("len(forget.records)") == "4"
     panel.press("replay (% of each batch)", "ArrowRight", times=25)
     with panel.changes(): panel.click("Run")
     wait(lambda: page.python("forget._busy()") == "False", 60)
