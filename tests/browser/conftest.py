@@ -96,7 +96,7 @@ class Panel:
         return box.first.inner_text() if box.count() else None
 
     @contextlib.contextmanager
-    def changes(self, seconds=10):
+    def changes(self, seconds=30):
         "What the panel shows must change within this time; then wait until it has settled"
         before, end = self.content(), time.time() + seconds
         yield
