@@ -1,6 +1,6 @@
 """Rebuild data/town, the small trained models that notebooks and widgets load: python data/make_town.py [--check]
 
-Runs the default chain (`llmbench run`, about five minutes on two cores), keeps the base and the tuned model in bf16 with tokenizer and
+Runs the default chain (`llmbench run`, two to five minutes on two cores), keeps the base and the tuned model in bf16 with tokenizer and
 template, and writes data/SHA256SUMS. With --check only compares the files with their sums. Text and questions need no file: the same seed
 gives the same bytes on every machine (`llmbench.text.world`, tested)."""
 import argparse

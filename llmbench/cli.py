@@ -27,7 +27,7 @@ from .tune.sft import SFT
 # %% ../nbs/99_cli.ipynb #6e296b5d
 @dataclass(frozen=True)
 class RunCommand:
-    "Text and conversations to a model that answers, and a report. With no files: the embedded town, about five minutes on two cores. Unchanged stages are skipped, interrupted ones go on."
+    "Text and conversations to a model that answers, and a report. With no files: the embedded town, two to five minutes on two cores. Unchanged stages are skipped, interrupted ones go on."
     text:tuple[str, ...]=()   # files or folders of documents (.txt .md .json .jsonl .csv, also .gz)
     chat:tuple[str, ...]=()   # files of conversations (Alpaca, ShareGPT, messages, prompt/completion; .json .jsonl .csv .parquet)
     name:str="town"           # name of the run ("own" with --text or --chat)
