@@ -181,7 +181,7 @@ class ForgetCommand:
 def do_forget(
     command:ForgetCommand, # options
 )->None:
-    "Run the laboratory on a run's models and write forget/forget.json and forget/forget.html beside them"
+    "Run the laboratory on a run's models and write forget/forget.json beside them"
     known = {r.name: r for r in REMEDIES}
     if unknown := [n for n in command.remedies if n not in known]: raise UserError(f"no remedy {', '.join(map(repr, unknown))}", "--remedies", f"There are: {', '.join(known)}")
     place = Path(command.folder)/command.name

@@ -109,11 +109,13 @@ def learn_reward(
 )->dict:         # held-out accuracy with interval, pairs
     "Train a reward model on the town's preferences"
     template, model = ChatTemplate.load(start), RewardModel(Transformer.from_pretrained(start))
-    train, held = (pair_rows(world.preferences("both", split=split), template, how.length)[0] for split in ("sft", "heldout"))
+    pairs = {split: world.preferences("both", split=split) for split in ("sft", "heldout")}
+    train, held = (pair_rows(some, template, how.length)[0] for some in pairs.values())
     for _ in reward(model, train, how, folder=folder/"checkpoints", pad_id=template.tokenizer.pad_id): pass
     model.save_pretrained(folder/"model", template)
-    gaps = (pair_rewards(model, held)[:, 0] - pair_rewards(model, held)[:, 1]) > 0
-    found = score([str(bool(g)) for g in gaps], ["True"]*len(gaps), lambda a, b: a == b, "held-out pairs", .5, [p["person"] for p in world.preferences("both", split="heldout")][:len(gaps)])
+    chosen, rejected = pair_rewards(model, held).unbind(1)
+    people = [p["person"] for p in pairs["heldout"]]
+    found = score((chosen > rejected).tolist(), [True]*len(held), lambda a, b: a == b, "held-out pairs", .5, people if len(people) == len(held) else None)
     return dict(pairs=len(train), held_pairs=len(held), accuracy=found.accuracy, low=found.low, high=found.high, chance=.5)
 
 # %% ../../nbs/8_bench/83b_preferences.ipynb #57dad59d
