@@ -42,6 +42,12 @@ FAILED = re.compile(r"^Traceback \(most recent call last\):\n(?:[ |].*\n)*.*", r
 PAINT = re.compile(r"\x1b\[[0-9;]*m")
 
 
+def pytest_collection_modifyitems(items):
+    "One worker drives the browser: two JupyterLabs beside each other starve on two cores"
+    for item in items:
+        if item.path.parent == Path(__file__).parent: item.add_marker(pytest.mark.xdist_group("browser"))
+
+
 def chromium():
     "A Chromium on this machine, or None"
     found = os.environ.get("LLMBENCH_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
@@ -105,7 +111,7 @@ class Panel:
             self.page.tab.wait_for_timeout(50)
         self.settle()
 
-    def settle(self, seconds=10):
+    def settle(self, seconds=30):
         "Wait until the kernel rests and the picture stays the same"
         end, before = time.time() + seconds, None
         while before != (before := self.content()) and time.time() < end:
