@@ -1,7 +1,6 @@
 """Greedy generation beside transformers: same weights, same prompts, same tokens, one run.
 
     python benchmarks/generate.py [--threads 1] [--repeats 7] [--cpu-time]
-    python benchmarks/generate.py --products
 
 Prints tokens/s of each and their ratio (median of the ratios of neighbouring rounds, with the lowest and the highest)."""
 import argparse
@@ -14,7 +13,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-import torch.nn.functional as F
 
 from llmbench.model.generate import generate
 from llmbench.model.transformer import Config, Transformer, parameter_count
@@ -26,18 +24,6 @@ def seconds(run, clock):
     return clock() - start
 
 
-def products(batch):
-    "Time of F.linear on weights as they lie, over the time on turned ones, for the products of a layer; enough copies to leave the cache"
-    ratios = []
-    for out, wide in ((256, 128), (128, 128), (688, 128), (128, 344)):
-        rows = [torch.randn(out, wide) for _ in range(4_000_000//(out*wide*4))]
-        columns, x = [w.t().contiguous().t() for w in rows], torch.randn(batch, 1, wide)
-        def run(weights, x=x): return [F.linear(x, w) for w in weights]
-        with torch.inference_mode(): rounds = [(seconds(lambda w=rows: run(w), time.process_time), seconds(lambda w=columns: run(w), time.process_time)) for _ in range(100)]
-        ratios.append(statistics.median(a/b for a, b in rounds))
-    return ratios
-
-
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--threads", type=int, default=1)
@@ -45,14 +31,10 @@ def main():
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--prompt", type=int, default=16)
     p.add_argument("--new", type=int, default=64)
-    p.add_argument("--products", action="store_true", help="only: what turned weights bring to the products of a layer, by batch")
     p.add_argument("--cpu-time", action="store_true", help="count processor time, which busy neighbours disturb less; only with one thread")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     clock = time.process_time if a.cpu_time else time.perf_counter
-    if a.products:
-        for batch in (1, 4, 32): print(f"batch {batch:3}: " + "  ".join(f"{ratio:.2f}" for ratio in products(batch)))
-        return
     from transformers import AutoModelForCausalLM
     torch.manual_seed(0)
     config = Config(vocab_size=1024, d_model=128, n_layers=5, n_heads=4, n_kv_heads=2, d_hidden=344)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import KVCache, causal_mask
+from .decode import FlatDecoder, folds
 from .transformer import Attention, Block, Experts, RMSNorm, SwiGLU, Transformer
 
 # %% ../../nbs/2_model/22_generate.ipynb #756924e1
@@ -82,24 +83,21 @@ def _bare_class(kind):
     return type(kind.__name__, (), own | dict(__call__=kind.forward))
 
 def bare(
-    module:nn.Module,      # any module
-    turned:bool=False,     # True: linear weights are copied, and lie column by column
-):                         # plain objects, as far as the parts are ours and unwatched
+    module:nn.Module, # any module
+):                    # plain objects, as far as the parts are ours and unwatched
     "The same forward on the same weights, without the cost of nn.Module's calls and look-ups"
-    if isinstance(module, nn.ModuleList): return [bare(m, turned) for m in module]
+    if isinstance(module, nn.ModuleList): return [bare(m) for m in module]
     known = type(module) in (Transformer, Block, Attention, RMSNorm, SwiGLU, Experts, nn.Linear, nn.Embedding)
     if not known or module._forward_hooks or module._forward_pre_hooks: return module
     plain = _bare_class(type(module))()
     plain.__dict__ |= {name: value for name, value in vars(module).items() if name[0] != "_"}
-    plain.__dict__ |= {**module._parameters, **{name: m and bare(m, turned) for name, m in module._modules.items()}}
-    if turned and type(module) is nn.Linear: plain.weight = module.weight.detach().t().contiguous().t()
+    plain.__dict__ |= {**module._parameters, **{name: m and bare(m) for name, m in module._modules.items()}}
     return plain
 
 # %% ../../nbs/2_model/22_generate.ipynb #4a5be65b
 def _read_ours(model, ids, keys, length):
-    "With our cache; nothing is masked where nothing is padding"
-    new, cpu = length - ids.shape[1], ids.device.type == "cpu"
-    model = bare(model, turned=cpu and new >= 16 and len(ids) > 1)
+    "With our cache; nothing is masked where nothing is padding. 16 tokens or more pay for a folded copy"
+    fold, model = length - ids.shape[1] >= 16 and folds(model), bare(model)
     c, last, like = model.config, ids.shape[1] - 1, model.embed.weight
     cache = KVCache(c.n_layers, len(ids), c.n_kv_heads, length, c.head_width, like.dtype, like.device)
     may = None if keys is None else keys[:, None, None]                      # (B,1,1,length)
@@ -110,7 +108,7 @@ def _read_ours(model, ids, keys, length):
     with torch.inference_mode():
         attend = None if may is None else may[..., :last] & causal_mask(last, device=ids.device)
         if last: model.hidden(ids[:, :last], attend=attend, cache=cache)
-    return read
+        return torch.inference_mode()(FlatDecoder(model, cache, keys)) if fold else read
 
 # %% ../../nbs/2_model/22_generate.ipynb #b257d653
 def _read_transformers(model, ids, keys, positions):

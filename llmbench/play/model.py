@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['town_folder', 'town_model', 'attention_maps', 'attention_explorer', 'rope_scores', 'rope_explorer',
-           'next_probabilities', 'sampling_explorer']
+           'next_probabilities', 'sampling_explorer', 'tokens_per_second', 'decode_explorer']
 
 # %% ../../nbs/7_play/72_model.ipynb #24508ac1
-import math
+import math, time
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from torch import Tensor
 
 import llmbench
 from ..core import UserError
-from ..model.attention import attention_weights, causal_mask, rope, rope_frequencies, rotate
+from ..model.attention import KVCache, attention_weights, causal_mask, rope, rope_frequencies, rotate
+from ..model.decode import FlatDecoder
 from ..model.generate import filter_logits
 from ..model.transformer import Attention, Transformer
 from ..panel import Panel
@@ -142,3 +143,35 @@ def sampling_explorer(
     return Panel(draw, size=(6.4, 4.2), prompt=widgets.Text(prompt, description="text so far", continuous_update=False),
                  temperature=widgets.FloatSlider(1, min=.05, max=3, step=.05, description="temperature"),
                  top_k=widgets.IntSlider(0, min=0, max=50, description="top-k (0: off)"), top_p=widgets.FloatSlider(1, min=.05, max=1, step=.05, description="top-p"))
+
+# %% ../../nbs/7_play/72_model.ipynb #a1de0002
+def tokens_per_second(
+    model:Transformer, # ours
+    rows:int,          # how many texts are written at once
+    folded:bool,       # True: with `FlatDecoder`
+    tokens:int=24,     # written by each row
+)->float:              # tokens/s of all rows together, of processor time
+    "Speed of writing, without reading the prompt"
+    c, new = model.config, torch.zeros(rows, dtype=torch.long)
+    cache = KVCache(c.n_layers, rows, c.n_kv_heads, tokens + 8, c.head_width)
+    with torch.inference_mode():
+        model.hidden(new[:, None].expand(-1, 8), cache=cache)
+        read = FlatDecoder(model, cache) if folded else lambda ids: model(ids[:, None], cache=cache)[:, -1]
+        start = time.process_time()
+        for _ in range(tokens): new = read(new).argmax(-1)
+    return rows*tokens/(time.process_time() - start)
+
+# %% ../../nbs/7_play/72_model.ipynb #a1de0003
+def decode_explorer(
+    model:Transformer|None=None, # None takes the town's base model
+)->Panel:                        # shows itself
+    "Tokens a second, by modules and folded, for a batch of your choice"
+    if model is None: model, _ = town_model("base")
+    def draw(figure, rows):
+        speed = {name: max(tokens_per_second(model, rows, name == "flat") for _ in range(2)) for name in ("modules", "flat")}
+        axes = figure.subplots()
+        bars = axes.barh(list(speed), list(speed.values()), color=[COLOURS["masked"], COLOURS["trained"]])
+        axes.bar_label(bars, [f" {v:,.0f}" for v in speed.values()])
+        axes.set(xlabel="tokens/s of processor time, all rows together", xlim=(0, 1.2*max(speed.values())), title=f"{rows} rows at once: {speed['flat']/speed['modules']:.1f} times as fast, folded")
+        return speed
+    return Panel(draw, size=(7, 2.4), rows=widgets.IntSlider(8, min=1, max=64, description="rows (texts at once)", continuous_update=False))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_mask', 'check_cache_bytes', 'check_rotate', 'check_unseen', 'check_nucleus', 'check_pad_positions',
-           'check_attention_exam', 'check_rmsnorm', 'check_parameters', 'check_k_slice', 'check_swiglu_backward']
+           'check_attention_exam', 'check_rmsnorm', 'check_parameters', 'check_k_slice', 'check_swiglu_backward',
+           'check_fold', 'check_pairs']
 
 # %% ../../nbs/2_model/29_practice.ipynb #7555be8f
 import math
@@ -177,3 +178,34 @@ def check_swiglu_backward(
     assert torch.allclose(got[1], want[1], atol=1e-5), "the gradient of up is what arrives times silu(gate)"
     assert torch.allclose(got[0], want[0], atol=1e-5), "the gradient of gate is what arrives times up times the slope of silu, which is not just the sigmoid"
     return "Right: the product rule, and a slope"
+
+# %% ../../nbs/2_model/29_practice.ipynb #a1de0006
+def check_fold(
+    answer, # the learner's function of (weight, gain)
+)->str:     # what was right, or an AssertionError that says what was not
+    "Check a norm's weight folded into the next matrix"
+    g = torch.Generator().manual_seed(0)
+    for out in (4, 6):
+        weight, gain, u = torch.randn(out, 4, generator=g), torch.rand(4, generator=g) + .5, torch.randn(3, 4, generator=g)
+        kept, got = weight.clone(), answer(weight, gain)
+        assert torch.equal(weight, kept), "the weight you were given has changed: the model still uses it"
+        assert got.shape == weight.shape, f"the folded matrix is {tuple(weight.shape)} like the old one, not {tuple(got.shape)}"
+        assert out != 4 or not torch.allclose(got, weight*gain[:, None]), "that scales rows, the outputs; the norm scaled the inputs: column by column"
+        assert torch.allclose(u @ got.t(), (u*gain) @ weight.t(), atol=1e-5), "(gain*u) through the old matrix must equal u through the new one"
+    return "Right: W diag(g)"
+
+# %% ../../nbs/2_model/29_practice.ipynb #a1de0007
+def check_pairs(
+    answer, # the learner's function of (weight, D)
+)->str:     # what was right, or an AssertionError that says what was not
+    "Check the order of a matrix's rows that puts RoPE's pairs side by side"
+    for heads, D in ((1, 6), (3, 8)):
+        weight = torch.arange(heads*D*2.).view(heads*D, 2)
+        got, n = answer(weight, D), torch.arange(heads*D)
+        want = n.view(heads, 2, D//2).transpose(1, 2).reshape(-1)
+        rows = (got[:, 0]/2).long() if got.shape == weight.shape else None
+        assert rows is not None, f"the shape stays {tuple(weight.shape)}, not {tuple(got.shape)}"
+        assert heads == 1 or not torch.equal(rows, n.view(2, -1).t().reshape(-1)), "that pairs the first half of all heads with the second: go head by head"
+        assert not torch.equal(rows, n.view(heads, D//2, 2).transpose(1, 2).reshape(-1)), "this is the other way round: from pairs to halves"
+        assert torch.equal(rows, want), f"{heads} heads of {D}: rows {want.tolist()}, not {rows.tolist()}"
+    return "Right: i, then i + D/2"

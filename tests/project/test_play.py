@@ -9,7 +9,7 @@ import torch
 
 from llmbench.core import UserError
 from llmbench.model.transformer import Attention, Config, Transformer
-from llmbench.play.model import attention_explorer, attention_maps, rope_explorer, sampling_explorer
+from llmbench.play.model import attention_explorer, attention_maps, decode_explorer, rope_explorer, sampling_explorer, tokens_per_second
 from llmbench.play.text import batch_explorer, file_explorer, file_view, merge_explorer, merge_view, places, sample_tokenizer, tokenizer_explorer, uneven_documents
 from llmbench.text.batch import pack, pad
 from llmbench.text.bpe import BPE
@@ -65,6 +65,16 @@ def test_rope_and_sampling_explorers(model, bpe):
     sampler = sampling_explorer("the owl", model, bpe)
     assert int((sampler.redraw(top_k=3) > 0).sum()) == 3 and f"3 of {bpe.vocab_size} tokens" in sampler.figure.axes[0].get_title()
     assert sampler.redraw(top_k=0, temperature=.05).max() > sampler.redraw(temperature=3.).max()
+
+
+def test_decode_explorer_times_both_ways(model, monkeypatch):
+    panel = decode_explorer(model)
+    speed = panel.redraw(rows=3)
+    assert set(speed) == {"modules", "flat"} and min(speed.values()) > 0
+    assert [float(t.get_text().replace(",", "")) for t in panel.figure.axes[0].texts] == [round(v) for v in speed.values()]
+    clock = iter([10., 10.5])
+    monkeypatch.setattr("llmbench.play.model.time.process_time", lambda: next(clock))
+    assert tokens_per_second(model, 3, True, tokens=24) == pytest.approx(3*24/.5)
 
 
 def test_tokenizer_and_merge_explorers(bpe):
