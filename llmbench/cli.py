@@ -17,6 +17,7 @@ from pathlib import Path
 import tyro
 
 import llmbench
+from .bench.forget import Lesson
 from .bench.preferences import Preferences
 from .bench.run import Run, keys, own_files, run
 from .bench.stages import Pretrain, Source
@@ -41,10 +42,11 @@ class RunCommand:
     pretrain:Pretrain=Run().pretrain  # the base model
     sft:SFT=Run().sft                 # the model that answers
     preferences:Preferences=Run().preferences # manners by pairs and by reward, sums by right and wrong (in the town only)
+    forget:Lesson=Run().forget        # a new lesson, alone and with replay (in the town only)
 
     def configuration(self)->Run: # for `bench.run`
         "The run that these options describe"
-        return Run(self.name, self.seed, Source(self.text, self.chat, self.people, self.valid), self.model, self.pretrain, self.sft, self.preferences)
+        return Run(self.name, self.seed, Source(self.text, self.chat, self.people, self.valid), self.model, self.pretrain, self.sft, self.preferences, self.forget)
 
 def preset(
     arguments:list[str], # of the command line

@@ -5,7 +5,6 @@ the shop. Writes experiments/forgetting/results.json row by row; stopped, it goe
 import argparse
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -16,6 +15,7 @@ from llmbench.bench.forget import REMEDIES, Lesson, laboratory
 from llmbench.bench.run import Run, run
 from llmbench.core import write_json
 from llmbench.model.transformer import Transformer
+from llmbench.text.world import World
 from llmbench.tune.chat import ChatTemplate
 from llmbench.tune.forgetting import restored
 
@@ -46,7 +46,7 @@ def main(seeds, folder):
         place = Path(folder)/f"town-{seed}"
         run(Run(name=f"town-{seed}", seed=seed), place, until="sft")
         tuned, base = (Transformer.from_pretrained(place/stage/"model") for stage in ("sft", "pretrain"))
-        results[str(seed)] = laboratory(tuned, base, ChatTemplate.load(place/"sft"/"model"), REMEDIES, replace(Lesson(), seed=seed), place/"forget.json")
+        results[str(seed)] = laboratory(tuned, base, ChatTemplate.load(place/"sft"/"model"), World(seed), REMEDIES, Lesson(), place/"forget.json")
         write_json(RESULTS, results)
     table(results)
 

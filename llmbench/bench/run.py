@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import llmbench
+from .forget import Lesson, teach_more
 from .preferences import Preferences, calculate, learn_reward, prefer, reinforce, teach_manners
 from .stages import Pretrain, Source, collect, judge, pretrain, tokenize, tune
 from ..core import UserError, fingerprint, read_json, write_json
@@ -31,6 +32,7 @@ class Run:
     pretrain:Pretrain=Pretrain() # the base model
     sft:SFT=SFT(steps=200, length=96, lr=3e-3, matrix_lr=.02) # the model that answers
     preferences:Preferences=Preferences() # manners by pairs and by reward, sums by right and wrong; in the town only
+    forget:Lesson=Lesson(steps=100, every=8) # a new lesson, alone and with replay: what is left of the old one; in the town only
 
 def own_files(
     text:tuple[str, ...]=(), # files or folders of documents
@@ -68,7 +70,7 @@ def code_key(
     return fingerprint([p.read_text() for p in parts])
 
 # %% ../../nbs/8_bench/80_run.ipynb #70c00a1d
-ABOVE = dict(data=None, bpe="data", pretrain="bpe", sft="pretrain", eval="sft", manners="sft", reward="manners", dpo="manners", ppo="reward", grpo="sft") # what a stage starts from
+ABOVE = dict(data=None, bpe="data", pretrain="bpe", sft="pretrain", eval="sft", manners="sft", reward="manners", dpo="manners", ppo="reward", grpo="sft", forget="sft") # what a stage starts from
 
 def line_of(
     stage:str, # a key of ABOVE
@@ -84,7 +86,8 @@ def keys(
                  pretrain=[asdict(run.model), asdict(run.pretrain), run.seed], sft=[asdict(run.sft)], eval=[])
     if run.source.town:
         p, code = run.preferences, code_key(("align", "bench/preferences.py"))
-        parts |= dict(manners=[asdict(p.manners), code], reward=[asdict(p.reward)], dpo=[asdict(p.dpo)], ppo=[asdict(p.ppo)], grpo=[asdict(p.sums), asdict(p.careless), asdict(p.grpo), code])
+        parts |= dict(manners=[asdict(p.manners), code], reward=[asdict(p.reward)], dpo=[asdict(p.dpo)], ppo=[asdict(p.ppo)], grpo=[asdict(p.sums), asdict(p.careless), asdict(p.grpo), code],
+                      forget=[asdict(run.forget), code_key(("bench/forget.py",))])
     elif not run.source.chat: parts = {k: parts[k] for k in ("data", "bpe", "pretrain")}
     found = {}
     for stage, part in parts.items(): found[stage] = fingerprint(stage, found.get(ABOVE[stage], ""), part)
@@ -142,6 +145,7 @@ def run(
         reward=lambda f: learn_reward(f, at["manners"]/"model", p.reward, world),
         dpo=lambda f: prefer(f, at["manners"]/"model", p.dpo, world),
         ppo=lambda f: reinforce(f, at["manners"]/"model", at["reward"]/"model", p.ppo, world),
-        grpo=lambda f: calculate(f, at["sft"]/"model", p.sums, p.careless, p.grpo, world))
+        grpo=lambda f: calculate(f, at["sft"]/"model", p.sums, p.careless, p.grpo, world),
+        forget=lambda f: teach_more(f, at["sft"]/"model", at["pretrain"]/"model", config.forget, world))
     for stage in line_of(until) if until else todo: records[stage] = run_stage(at[stage], todo[stage], work[stage], say)
     return records

@@ -112,7 +112,7 @@ def test_two_notebooks_play_sections(lab):
     with plan.changes(): plan.press("pre-training steps", "ArrowRight")
     wait(lambda: plan.content().count("to do") == 8)
     with plan.changes(): plan.drag("seed", 1.)
-    assert page.python("panel.values['seed']") == "9" and plan.content().count("to do") == 10
+    assert page.python("panel.values['seed']") == "9" and plan.content().count("to do") == 11
     page.theme("light")
     page.screenshot("play-plan", full=False)
     page.theme("dark")

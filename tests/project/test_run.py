@@ -14,7 +14,7 @@ import pytest
 COMMAND = str(Path(sys.executable).parent/"llmbench")
 SMALL = ("--people 6 --model.d-model 32 --model.n-layers 2 --model.n-heads 2 --model.n-kv-heads 1 --model.d-hidden 64 --model.vocab-size 400 "
          "--pretrain.batch 8 --pretrain.fit.steps 60 --pretrain.fit.save-every 10 --pretrain.fit.valid-every 20 --sft.steps 30 --sft.batch 8 "
-         "--preferences.manners.steps 4 --preferences.reward.steps 4 --preferences.dpo.steps 2 --preferences.ppo.steps 1 --preferences.sums.steps 4 --preferences.careless.steps 2 --preferences.grpo.steps 2").split()
+         "--preferences.manners.steps 4 --preferences.reward.steps 4 --preferences.dpo.steps 2 --preferences.ppo.steps 1 --preferences.sums.steps 4 --preferences.careless.steps 2 --preferences.grpo.steps 2 --forget.steps 2 --forget.every 40").split()
 
 
 def llmbench(*arguments, **how):
@@ -49,8 +49,8 @@ def test_second_run_does_nothing(finished):
     folder = finished[0]
     stamps = {p: p.stat().st_mtime_ns for p in (folder/"town").glob("*/done.json")}
     done = llmbench("run", "--folder", folder, *SMALL)
-    assert done.returncode == 0 and done.stdout.count("unchanged, skipped") == 10, done.stdout + done.stderr
-    assert stamps == {p: p.stat().st_mtime_ns for p in (folder/"town").glob("*/done.json")} and len(stamps) == 10
+    assert done.returncode == 0 and done.stdout.count("unchanged, skipped") == 11, done.stdout + done.stderr
+    assert stamps == {p: p.stat().st_mtime_ns for p in (folder/"town").glob("*/done.json")} and len(stamps) == 11
 
 
 def test_changed_setting_redoes_what_follows_only(finished, tmp_path):
