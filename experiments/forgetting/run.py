@@ -1,7 +1,7 @@
 """The forgetting laboratory over five towns: python experiments/forgetting/run.py [--seeds 5] [--folder runs] [--table]
 
 Each seed is another town with its own base and tuned model (the default chain, trained first where it isn't there yet) and the same lesson,
-the shop. Writes experiments/forgetting/results.json row by row; stopped, it goes on. --table prints what stands there."""
+the shop, 240 steps. Writes experiments/forgetting/results.json row by row; stopped, it goes on. --table prints what stands there."""
 import argparse
 import json
 import os
@@ -46,7 +46,7 @@ def main(seeds, folder):
         place = Path(folder)/f"town-{seed}"
         run(Run(name=f"town-{seed}", seed=seed), place, until="sft")
         tuned, base = (Transformer.from_pretrained(place/stage/"model") for stage in ("sft", "pretrain"))
-        results[str(seed)] = laboratory(tuned, base, ChatTemplate.load(place/"sft"/"model"), World(seed), REMEDIES, Lesson(), place/"forget.json")
+        results[str(seed)] = laboratory(tuned, base, ChatTemplate.load(place/"sft"/"model"), World(seed), REMEDIES, Lesson(steps=240), place/"forget.json")
         write_json(RESULTS, results)
     table(results)
 
