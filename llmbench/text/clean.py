@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BLOCKS', 'UNSEEN', 'TAGS', 'ALONE', 'OPENS', 'MARKUP', 'ENTITY', 'BYTE', 'BROKEN', 'LEFTOVER', 'BREAKS', 'SPACES',
-           'UNSEEN_MARKS', 'NARROW', 'COMPOSABLE', 'PERSONAL', 'REPAIRS', 'strip_html', 'mend_mojibake',
-           'drop_controls', 'narrow', 'drop_repeated_lines', 'tidy', 'is_id', 'is_card', 'mask_personal', 'Clean',
-           'first_change', 'repaired', 'clean', 'Account', 'blocklist', 'decide', 'record', 'clean_documents']
+           'UNSEEN_MARKS', 'NARROW', 'COMPOSABLE', 'REPAIRS', 'strip_html', 'mend_mojibake', 'drop_controls', 'narrow',
+           'drop_repeated_lines', 'tidy', 'Clean', 'first_change', 'repaired', 'clean', 'Account', 'blocklist',
+           'decide', 'record', 'clean_documents', 'PERSONAL', 'is_card', 'is_id', 'mask_personal']
 
 # %% ../../nbs/1_text/10a_clean.ipynb #e9c14027
 import html, re, unicodedata
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
 from ..core import UserError
+from .personal import PERSONAL, is_card, is_id, mask_personal
 from .quality import RULES, broken_rules, language
 
 # %% ../../nbs/1_text/10a_clean.ipynb #a2a59810
@@ -128,39 +129,8 @@ def tidy(
     "White space that means nothing, taken away"
     return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+(?=\n|$)", "", text)).strip("\n")
 
-# %% ../../nbs/1_text/10a_clean.ipynb #84d78927
-def is_id(
-    number:str, # 18 characters
-)->bool:        # True for a Chinese identity number
-    "Date and check digit of GB 11643 (ISO 7064 mod 11-2)"
-    month, day = int(number[10:12]), int(number[12:14])
-    total = sum(2**(17 - i)*int(d) for i, d in enumerate(number[:17]))
-    return 1800 < int(number[6:10]) < 2100 and 0 < month < 13 and 0 < day < 32 and number[17].upper() == "10X98765432"[total % 11]
-
-def is_card(
-    number:str, # digits, with blanks or hyphens between
-)->bool:        # True when Luhn's sum ends in 0
-    "Check sum of payment cards (ISO/IEC 7812)"
-    digits = [int(d) for d in number if d.isdigit()][::-1]
-    return 13 <= len(digits) <= 19 and sum(digits[::2]) % 10 == -sum(sum(divmod(2*d, 10)) for d in digits[1::2]) % 10
-
-PERSONAL:dict[str, tuple[re.Pattern, Callable]] = { # name: (form, check)
-    "email": (re.compile(r"(?<![\w.%+-])[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![\w-])", re.A), lambda found: True),
-    "id":    (re.compile(r"(?<![\w.])\d{17}[\dXx](?!\w)", re.A), is_id),
-    "card":  (re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-])", re.A), is_card),
-    "phone": (re.compile(r"(?<![\w.-])(?:\+\d{1,3}(?:[ .-]?\(?\d{2,4}\)?){2,4}|(?:\+?86[ -]?)?1[3-9]\d(?:[ -]?\d{4}){2}|0\d{2,3}-\d{7,8}"
-                         r"|(?:\+?1[ .-])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4})(?![\w-])", re.A), lambda found: True),
-}
-
-def mask_personal(
-    text:str, # a document
-    kinds:tuple[str, ...]=tuple(PERSONAL), # names of PERSONAL
-)->str:       # with <email>, <phone>, <id>, <card> where one stood
-    "Personal data replaced by its kind"
-    for kind in kinds:
-        form, check = PERSONAL[kind]
-        text = form.sub(lambda m, kind=kind, check=check: f"<{kind}>" if check(m[0]) else m[0], text)
-    return text
+# %% ../../nbs/1_text/10a_clean.ipynb #c0df001a
+_all_ = ["PERSONAL", "is_card", "is_id", "mask_personal"] # from here as well
 
 # %% ../../nbs/1_text/10a_clean.ipynb #268673c4
 REPAIRS:dict[str, Callable] = {"html": strip_html, "mojibake": mend_mojibake, "controls": drop_controls, "widths": narrow, "repeated lines": drop_repeated_lines, "spaces": tidy}
