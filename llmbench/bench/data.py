@@ -7,9 +7,9 @@ __all__ = ['CleanJob', 'DedupJob', 'CheckJob', 'DataCommand', 'inputs', 'documen
            'sketch_files', 'dedup_files', 'exam_rows', 'check_files', 'write_lines', 'do_data']
 
 # %% ../../nbs/8_bench/85_data.ipynb #d26c84b5
-import json, os, time
+import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +19,7 @@ import tyro
 from tqdm.auto import tqdm
 
 from .journal import Work, told_when_full
-from ..core import UserError, fingerprint, read_json, write_json, write_whole
+from ..core import UserError, fingerprint, write_json, write_whole
 from ..text.clean import PERSONAL, REPAIRS, Account, Clean, blocklist, decide, first_change, record
 from ..text.contamination import ExamIndex
 from ..text.corpus import iter_documents, json_lines, json_values, read_text, texts_in

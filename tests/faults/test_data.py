@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from llmbench.bench import data as bench_data
+from llmbench.bench import data as bench_data, journal as journal_module
 from llmbench.bench.data import CheckJob, CleanJob, DedupJob, Work, check_files, clean_files, dedup_files, exam_rows
 from llmbench.cli import main
 from llmbench.core import UserError, read_json
@@ -176,7 +176,7 @@ def test_disk_full_while_streaming(name, crawl, tmp_path, monkeypatch, capsys):
     def limited(path, mode): return Full(io.FileIO(path, "r+" if mode.startswith("r") else "w+"))
     monkeypatch.setattr(Work.__init__, "__defaults__", (("part",), 0.))
     with monkeypatch.context() as small:
-        small.setattr(bench_data, "open", lambda path, mode: limited(path, mode) if str(path).endswith((".part", ".sketches", ".kept")) and mode != "rb" else open(path, mode), raising=False)
+        small.setattr(journal_module, "open", lambda path, mode: limited(path, mode) if str(path).endswith((".part", ".sketches", ".kept")) and mode != "rb" else open(path, mode), raising=False)
         told = wrong(capsys, "data", name, crawl, "--out", tmp_path/"o.jsonl")
     assert "No space left on device" in told and "goes on behind document" in told and not (tmp_path/"o.jsonl").exists()
     assert read_json(tmp_path/"o.jsonl.progress.json")["documents"] > 5
