@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'ELSEWHERE', 'BOX', 'ABOUT', 'RunCommand', 'preset', 'seconds_a_step', 'plan', 'do_run', 'parity',
-           'find_model', 'load_model', 'ChatCommand', 'do_chat', 'say', 'EvalCommand', 'do_eval', 'told', 'LabCommand',
-           'course_folder', 'do_lab', 'DoctorCommand', 'do_doctor', 'find_command', 'main']
+           'LabCommand', 'course_folder', 'do_lab', 'DoctorCommand', 'do_doctor', 'find_command', 'main']
 
 # %% ../nbs/99_cli.ipynb #5a16a35e
-import importlib, math, os, subprocess, sys, time
+import importlib, os, subprocess, sys, time
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads slow a busy machine down tenfold
 
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from .bench.run import Run, keys, own_files, run
 from .bench.stages import Pretrain, Source
 from .core import UserError, read_json
 from .model.transformer import Config, parameter_count
+from .talk import ChatCommand, EvalCommand, do_chat, do_eval
 from .tune.sft import SFT
 
 # %% ../nbs/99_cli.ipynb #6e296b5d
@@ -111,122 +111,6 @@ def parity()->list: # rows of the parity ledger; empty where the project's folde
     "What the parity tests of this version found"
     ledger = Path(llmbench.__file__).parent.parent/"experiments"/"parity.json"
     return read_json(ledger) if ledger.exists() else []
-
-# %% ../nbs/99_cli.ipynb #7a61cf6c
-def find_model(
-    name:str,           # of a run, or a folder with config.json, model.safetensors and tokenizer.json
-    folder:str="runs",  # where runs stand
-)->Path|str:            # the model's folder, or its name on the hub
-    "The tuned model of a run, or its base model when it was never tuned; UserError names what there is"
-    for path in (Path(name), Path(folder)/name/"sft"/"model", Path(folder)/name/"pretrain"/"model", Path(name)/"sft"/"model", Path(name)/"pretrain"/"model"):
-        if (path/"adapter_config.json").exists() or (path/"config.json").exists() and (path/"tokenizer.json").exists(): return path
-    from llmbench.box.assets import ASSETS, have
-    if name in ASSETS and (place := have(name)): return place
-    if name.count("/") == 1 and name[0] not in "./~" and not Path(name).parent.is_dir(): return name # owner/model
-    there = sorted(p.parent.parent.parent.name for p in Path(folder).glob("*/*/model/config.json"))
-    raise UserError(f"no model {name!r}", where=str(Path(folder)), mend=f"There are: {', '.join(dict.fromkeys(there))}" if there else "Make one with: llmbench run")
-
-def load_model(
-    path:Path|str, # of a model's folder, or a name on the hub
-    base:str="",   # of an adapter, where it does not say it right
-)->tuple:          # (model in eval mode: ids (B,T) -> logits (B,T,V), its template)
-    "A model and its template: ours, or one of transformers with or without an adapter"
-    from llmbench.box.hub import is_hub_folder, load_hub
-    from llmbench.model.transformer import Transformer
-    from llmbench.tune.chat import ChatTemplate
-    if isinstance(path, str) or is_hub_folder(path): return load_hub(str(path), base)
-    return Transformer.from_pretrained(path).eval(), ChatTemplate.load(path)
-
-# %% ../nbs/99_cli.ipynb #8a352a85
-@dataclass(frozen=True)
-class ChatCommand:
-    "Talk to a model. An empty line or Ctrl-D ends the talk; /new forgets what was said."
-    model:tyro.conf.Positional[str]="town" # name of a run, a folder (ours, Hugging Face's, or an adapter's), or a name on the hub
-    folder:str="runs"          # where runs stand
-    base:str=""                # an adapter's base, where the adapter does not say it right
-    prompt:str=""              # ask this one question, print the answer, and stop
-    system:str=""              # a system message before everything
-    temperature:float=0.       # 0 always says the likeliest; 1 says as it was trained
-    top_p:float=1.             # draw among the likeliest tokens that together have this probability
-    max_new_tokens:int=64      # longest answer, in tokens
-    seed:int=0                 # of the drawing
-
-def do_chat(
-    command:ChatCommand, # options
-)->None:
-    "Answer questions from the terminal, token by token"
-    import torch
-    from llmbench.model.generate import stream
-    model, template = load_model(find_model(command.model, command.folder), command.base)
-    generator, start = torch.Generator().manual_seed(command.seed), [dict(role="system", content=command.system)] if command.system else []
-    messages = list(start)
-    if not command.prompt: print("You are talking to a small model. Empty line: end. /new: start afresh.")
-    while True:
-        try: said = command.prompt or input("you> ").strip()
-        except EOFError: said = ""
-        if not said: return
-        if said == "/new":
-            messages = list(start)
-            continue
-        messages.append(dict(role="user", content=said))
-        answer = say(model, template, messages, command, generator, stream)
-        messages.append(dict(role="assistant", content=answer))
-        if command.prompt: return
-
-# %% ../nbs/99_cli.ipynb #95588f64
-def say(
-    model,               # a Transformer, or `box.hub.Logits`
-    template,            # its ChatTemplate
-    messages:list[dict], # the talk so far; the oldest turns are forgotten when it gets too long
-    command:ChatCommand, # temperature and the like
-    generator,           # torch.Generator
-    stream,              # `model.generate.stream`
-)->str:                  # the answer
-    "Print an answer while it is made"
-    limit = model.config.max_length - command.max_new_tokens
-    if limit < 1: raise UserError(f"the model's context is {model.config.max_length} tokens", where="--max-new-tokens", mend="Choose fewer new tokens")
-    ids = template.render(messages, prompt=True)[0]
-    while len(ids) > limit and len(messages) > 1:
-        del messages[0]
-        ids = template.render(messages, prompt=True)[0]
-    if len(ids) > limit: raise UserError(f"your question has {len(ids)} tokens, the model can read {limit}", where="your question", mend="Ask something shorter, or choose a smaller --max-new-tokens")
-    shown = ""
-    for piece in stream(getattr(model, "inner", model), template.tokenizer, ids, command.max_new_tokens, template.tokenizer.end_id, temperature=command.temperature, top_p=command.top_p, generator=generator):
-        print(piece, end="", flush=True)
-        shown += piece
-    print()
-    return shown
-
-# %% ../nbs/99_cli.ipynb #6e943706
-@dataclass(frozen=True)
-class EvalCommand:
-    "Score a model: on held-out text (nats per token, bits per byte), on conversations (nats per answer token, exact answers), or on the town's questions when neither is given."
-    model:tyro.conf.Positional[str]="town" # name of a run, a folder (ours, Hugging Face's, or an adapter's), or a name on the hub
-    folder:str="runs"        # where runs stand
-    base:str=""              # an adapter's base, where the adapter does not say it right
-    text:tuple[str, ...]=()  # files or folders of documents
-    chat:tuple[str, ...]=()  # files of conversations
-    most:int=500             # at most so many documents and conversations
-    people:int=50            # people in the embedded town
-    seed:int=0               # of the embedded town
-
-def do_eval(
-    command:EvalCommand, # options
-)->None:
-    "Print scores, each with its interval"
-    from llmbench.bench.stages import score_chat, score_text, score_town
-    from llmbench.text.corpus import read_documents
-    from llmbench.tune.chat import read_conversations
-    model, template = load_model(find_model(command.model, command.folder), command.base)
-    if command.text: print(told(score_text(model, template, [d for p in command.text for d in read_documents(p)][:command.most])))
-    if command.chat: print(told(score_chat(model, template, [c for p in command.chat for c in read_conversations(p)][:command.most])))
-    if not (command.text or command.chat): print("\n".join(map(str, score_town(getattr(model, "inner", model), template, command.people, command.seed))))
-
-def told(
-    score, # Scores in nats per token
-)->str:    # a line
-    "A loss with its interval, and what knowing nothing would cost"
-    return f"{score.task}: {score.accuracy:.3f} [{score.low:.3f}, {score.high:.3f}], perplexity {math.exp(score.accuracy):.1f}, of {score.n} rows; knowing nothing costs {score.chance:.3f}"
 
 # %% ../nbs/99_cli.ipynb #2b3ace45
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def line(path):
     assert title and subtitle, f"{path}: the first text cell needs '# title' and '> subtitle'"
     shown = [c for c in cells if c["cell_type"] == "code" and not source(c).startswith("#| hide")]
     minutes = sum(len(re.findall(r"\w+", re.sub(r"[\u3400-\u9fff]", "", t))) for t in texts)/150 + len(shown)/3
-    part = PARTS["99" if path.name.startswith("99") else "" if path.parent == NBS else path.parent.name]
+    part = PARTS["99" if path.name.startswith(("98", "99")) else "" if path.parent == NBS else path.parent.name]
     return part, title[1], path.relative_to(NBS).as_posix(), subtitle[1], max(5, 5*round(minutes/5))
 
 
