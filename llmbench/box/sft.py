@@ -138,8 +138,8 @@ def check(
         check_adapter(config.lora.adapter, bare)
     limit = getattr(theirs, "max_position_embeddings", None)
     if limit and config.data.length > limit: raise UserError(f"rows of {config.data.length} tokens, but the model was made for {limit}", "--data.length", f"At most {limit}")
-    shards = how.processes*how.nodes if how.sharding == "fsdp2" else 1
-    need = need_of(bare, config.method, config.lora.r, config.lora.targets, o.micro*config.data.length, loaded_in(config, how), shards, o.checkpointing)
+    shards, copies = (how.processes*how.nodes, 1) if how.sharding == "fsdp2" else (1, how.processes*how.nodes)
+    need = need_of(bare, config.method, config.lora.r, config.lora.targets, o.micro*config.data.length, loaded_in(config, how), shards, o.checkpointing, how.precision, o.kind, config.four.double, copies)
     free = free_memory(device)
     check_memory(need, free, how.processes if how.cpu else 1)
     template = load_template(place)
