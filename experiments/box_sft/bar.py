@@ -1,5 +1,5 @@
 """The bar of the box lane: SmolLM2-135M with a 4-bit base on a CPU, from about 1.05 nats to under 0.6 in ten steps of one batch of 2 x 128 tokens, three seeds
-Run: python experiments/box_sft/bar.py      (needs `llmbench assets get smollm2` and ../shared/data; some four minutes on one core; writes bar.json)"""
+Run: python experiments/box_sft/bar.py      (needs `llmbench assets get smollm2` and ../shared/data; some two minutes on one core; writes bar.json)"""
 import json
 import tempfile
 from pathlib import Path
@@ -15,7 +15,7 @@ from llmbench.train.checkpoint import read_steps
 from llmbench.tune.chat import read_conversations
 from llmbench.tune.sft import rows_of
 
-DATA, LENGTH, LOOKED = Path(__file__).parents[3]/"shared"/"data"/"alpaca_en.json", 128, 96
+DATA, LENGTH, LOOKED = Path(__file__).parents[3]/"shared"/"data"/"alpaca_en.json", 128, 64
 
 
 def near(start):
