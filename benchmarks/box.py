@@ -1,4 +1,4 @@
-"""What the box lane adds to plain TRL, in processor time: the same model, rows, order and steps, in turns in one process
+"""What the box lane adds to plain TRL, in processor time, of the whole job and of each step: the same model, rows, order and steps, in turns in one process
 Run: python benchmarks/box.py [--model FOLDER] [--steps 30] [--rounds 5]      (without a folder: a random Llama of 5 M parameters)"""
 import argparse
 import json
@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
+from transformers import trainer as theirs
 from trl import SFTConfig, SFTTrainer
 
 from llmbench.box.launch import Launch, resolved
@@ -37,6 +38,20 @@ class Plain(SFTTrainer):
     def _get_train_sampler(self, train_dataset=None): return Order(len(self.train_dataset), 4, args.steps, 0)
 
 
+ticks = []
+
+
+class Clock(TrainerCallback):
+    "Processor time at the beginning of each step: from one to the next lie rows, forward, backward, optimizer and log"
+    def on_step_begin(self, args, state, control, **_): ticks.append(time.process_time())
+
+
+theirs.DEFAULT_CALLBACKS.append(Clock)  # every trainer gets it, TRL's and ours
+
+
+def quartiles(x): return statistics.quantiles(x, n=4)
+
+
 with tempfile.TemporaryDirectory() as home:
     home = Path(home)
     world = World(0)
@@ -48,11 +63,12 @@ with tempfile.TemporaryDirectory() as home:
         template.save(home/"model")
     job = BoxSFT(args.model or str(home/"model"), (str(home/"talks.jsonl"),), args.method, folder=str(home), data=Rows(length=128, valid=0.), optim=Optim(steps=args.steps, batch=4, micro=4, warmup=2, schedule="constant"),
                  save=Save(every=10**6, valid_every=0), launch=Launch(1, cpu=True))
-    spent, losses = dict(plain=[], box=[]), {}
+    spent, steps, losses = dict(plain=[], box=[]), dict(plain=[], box=[]), {}
     for turn in range(args.rounds + 1):  # the first round warms up
         for way in ("plain", "box") if turn % 2 else ("box", "plain"):
             mine = replace(job, name=f"{way}{turn}")
             found = check(mine)
+            ticks.clear()
             start = time.process_time()
             if way == "box":
                 train(mine, found, progress=False)
@@ -66,8 +82,11 @@ with tempfile.TemporaryDirectory() as home:
                 trainer.save_model(str(home/mine.name/"model"))
                 losses[way] = [r["loss"] for r in trainer.state.log_history if "loss" in r]
             if turn: spent[way].append(time.process_time() - start)
+            if turn: steps[way] += [1000*(b - a) for a, b in zip(ticks[1:], ticks[2:])]  # without the first, which warms up
             shutil.rmtree(home/mine.name, ignore_errors=True)
     apart = max(abs(a - b) for a, b in zip(losses["plain"], losses["box"]))
-    mine, theirs = (statistics.median(spent[k]) for k in ("box", "plain"))
+    mine, plain = (statistics.median(spent[k]) for k in ("box", "plain"))
     ratios = sorted(b/p for b, p in zip(spent["box"], spent["plain"]))
-    print(f"{args.method}, {args.steps} steps of 4 rows: plain TRL {theirs:.2f} s of processor time, box {mine:.2f} s, ratio {mine/theirs:.3f} (rounds {ratios[0]:.3f} to {ratios[-1]:.3f}); losses differ by {apart:.1e}")
+    print(f"{args.method}, {args.steps} steps of 4 rows: plain TRL {plain:.2f} s of processor time, box {mine:.2f} s, ratio {mine/plain:.3f} (rounds {ratios[0]:.3f} to {ratios[-1]:.3f}); losses differ by {apart:.1e}")
+    own, trl = quartiles(steps["box"]), quartiles(steps["plain"])
+    print(f"a step: plain TRL {trl[1]:.1f} ms [{trl[0]:.1f}, {trl[2]:.1f}], box {own[1]:.1f} ms [{own[0]:.1f}, {own[2]:.1f}], ratio of the medians {own[1]/trl[1]:.3f}; {len(steps['box'])} steps each, median and quartiles")

@@ -46,6 +46,7 @@ class Plan:
     rank:int=16               # of LoRA
     targets:tuple[str, ...]=ALL # matrices with an adapter
     double:bool=True          # quantise the 4-bit constants too
+    trained:int=0             # numbers of the adapters, where somebody has counted them on the model itself; 0: by rank and targets
 
     def __post_init__(self):
         "UserError names the field, what was found and what is allowed"

@@ -46,7 +46,7 @@ def trained_numbers(
 )->int:          # on one card, before ZeRO
     "Parameters with a gradient"
     if plan.method == "infer": return 0
-    return base_numbers(shape, plan.tensor) if plan.method == "full" else adapter_count(shape, plan.rank, plan.targets)
+    return base_numbers(shape, plan.tensor) if plan.method == "full" else plan.trained or adapter_count(shape, plan.rank, plan.targets)
 
 # %% ../../nbs/3_train/32_budget.ipynb #b2872ed3
 def weights(

@@ -93,9 +93,10 @@ def fused_parts(
 def hidden_matrices(
     model:nn.Module, # any module
 )->list:             # its trainable parameters
-    "The matrices between embedding and output head: no embedding, no head as wide as one, no vectors"
+    "The matrices between embedding and output head: no embedding, no head, no vectors; a head is as wide as the vocabulary and stands outside the blocks"
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features in {e.num_embeddings for e in embeddings}]
+    inside = {m for blocks in model.modules() if isinstance(blocks, nn.ModuleList) for m in blocks.modules()}
+    heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m not in inside and m.out_features in {e.num_embeddings for e in embeddings}]
     outside = {id(m.weight) for m in embeddings + heads}
     return [p for p in model.parameters() if p.requires_grad and p.ndim >= 2 and id(p) not in outside]
 

@@ -110,6 +110,7 @@ class SFT:
     lr:float=2e-3        # AdamW's peak rate
     matrix_lr:float=0.01 # Muon's peak rate, for the hidden matrices; 0 leaves them to AdamW
     warmup:int=10        # steps to the peak
+    decay:float=0.1      # weight decay of matrices; with LoRA it pulls at the adapters, and 0 is usual
     replay:float=1/3     # share of each batch that comes from pre-training documents
     keep:str="last"      # of a conversation that is too long; see `rows_of`
     packed:bool=True     # several conversations a row, block-masked; False pads one a row
@@ -151,6 +152,6 @@ def sft(
     progress:bool=True,         # show a bar with the time left
 )->Iterator[Step]:              # one record a step
     "Supervised fine-tuning: the loop of pre-training on rows whose mask counts the answers"
-    how = Fit(steps=config.steps, lr=config.lr, matrix_lr=config.matrix_lr, warmup=config.warmup, micro=config.micro, autocast=config.autocast)
+    how = Fit(steps=config.steps, lr=config.lr, matrix_lr=config.matrix_lr, warmup=config.warmup, decay=config.decay, micro=config.micro, autocast=config.autocast)
     held = [pad(valid[i:i+32], pad_id=pad_id) for i in range(0, len(valid), 32)] if valid else None
     yield from fit(model, batches(rows, config, replay, pad_id), how, held, folder, progress=progress)

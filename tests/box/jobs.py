@@ -19,7 +19,7 @@ def counted(model):
     seen["now"] = [len(four), sum(isinstance(p, DTensor) for p in four), sum(isinstance(p, DTensor) for p in model.parameters()), sum(1 for _ in model.parameters())]
 
 
-trainer.check_sharded = counted
+trainer.check_sharded, right_step = counted, trainer.Exact.training_step
 for path in sys.argv[1:]:
     config = sft.restored(sft.BoxSFT, json.loads(Path(path).read_text()))
     if wrong := config.name == "uint8":
@@ -31,12 +31,14 @@ for path in sys.argv[1:]:
             made.bnb_4bit_quant_storage = torch.uint8
             return made
         hub.four_bit_config = whole
+    if config.name == "means": trainer.Exact.training_step = lambda self, model, inputs, total=None: right_step(self, model, inputs, None)
     try: sft.train(config, sft.check(config), progress=False)
     except RuntimeError as e:
         if not wrong: raise
         seen["now"] = str(e)
     finally:
         if wrong: hub.four_bit_config = right
+        trainer.Exact.training_step = right_step
     seen[config.name] = seen.pop("now", None)
 import torch
 

@@ -62,6 +62,23 @@ def test_accelerate_reads_the_file(tmp_path):
     assert yaml.safe_load(accelerate_yaml(resolved(Launch(1, cpu=True))))["distributed_type"] == "NO"
 
 
+@pytest.mark.parametrize("launch, gpu, field, processes", [(Launch(), 8, "use_fsdp", 8), (Launch(sharding="ddp"), 8, "multi_gpu", 8), (Launch(nodes=4, node=2, host="big0"), 8, "use_fsdp", 32),
+                                                            (Launch(2, cpu=True), 0, "multi_gpu", 2), (Launch(3, cpu=True, sharding="fsdp2"), 0, "use_fsdp", 3)])
+def test_accelerate_would_start_that_many(launch, gpu, field, processes, monkeypatch, tmp_path):
+    "accelerate's own decision: torchrun is used for multi_gpu and use_fsdp without --cpu, all else becomes one process"
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    monkeypatch.setattr(box, "gpus", lambda: gpu)
+    monkeypatch.setattr(box, "_bf16", lambda: True)
+    how = resolved(launch)
+    (tmp_path/"a.yaml").write_text(accelerate_yaml(how))
+    def read(): return _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(tmp_path/"a.yaml"), "-m", "x"]))[0]
+    args = read()
+    assert getattr(args, field) and not args.cpu and (args.num_processes, args.num_machines, args.machine_rank) == (processes, how.nodes, how.node)
+    if launch.cpu and field == "multi_gpu":
+        (tmp_path/"a.yaml").write_text(accelerate_yaml(how).replace("MULTI_GPU", "MULTI_CPU"))
+        assert not (read().multi_gpu or read().use_fsdp), "MULTI_CPU would go to the launcher of one process"
+
+
 def test_slurm_script_is_sound_bash(tmp_path):
     script = slurm_script(resolved(Launch(2, nodes=3, cpu=True, port=99)), "llmbench.box.sft", ["/a b/job.json"], Path("/r"), "me")
     (tmp_path/"s.sh").write_text(script)

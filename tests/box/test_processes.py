@@ -39,6 +39,8 @@ def alone(tiny, chat, tmp_path_factory):
     for method in ("full", "lora", "qlora"):
         config = replace(base, method=method, name=method)
         train(config, check(config), progress=False)
+    config = replace(base, method="full", name="at once", optim=replace(base.optim, batch=4, micro=4))
+    train(config, check(config), progress=False)
     return base, folder
 
 
@@ -46,8 +48,9 @@ def alone(tiny, chat, tmp_path_factory):
 def test_two_processes_equal_one(sharding, alone, tmp_path, ledger):
     base, folder = alone
     how = replace(base.launch, processes=2, sharding=sharding)
-    names = ["full", "lora", "qlora"] + ["uint8"]*(sharding == "fsdp2")
-    files = [str(write_json(tmp_path/f"{name}.json", asdict(replace(base, method=name if name != "uint8" else "qlora", name=name, folder=str(tmp_path), launch=how)))) for name in names]
+    methods = dict(full="full", lora="lora", qlora="qlora", accumulated="full", means="full") | (dict(uint8="qlora") if sharding == "fsdp2" else {})
+    bit_by_bit = replace(base.optim, batch=4, micro=1)
+    files = [str(write_json(tmp_path/f"{name}.json", asdict(replace(base, method=method, name=name, folder=str(tmp_path), launch=how, optim=bit_by_bit if name in ("accumulated", "means") else base.optim)))) for name, method in methods.items()]
     said = []
     assert start(how, "jobs", files, tmp_path, out=said.append, env=TWO) == 0
     for method in ("full", "lora", "qlora"):
@@ -55,11 +58,28 @@ def test_two_processes_equal_one(sharding, alone, tmp_path, ledger):
         assert one[0]["loss"] - one[-1]["loss"] > .1
         ledger(f"{method}, two processes, {sharding}", "one process", apart(one, two), 1e-4)
         assert last_checkpoint(tmp_path/method/"sft").name == "checkpoint-6"
+    at_once = steps(folder/"at once")
+    ledger(f"2 processes x 2 accumulated x 1 row, {sharding}", "1 process x 4 rows at once, tokens counted over all", apart(at_once, steps(tmp_path/"accumulated")), 1e-4)
+    wrong = max(abs(a["loss"] - b["loss"]) for a, b in zip(at_once, steps(tmp_path/"means")))
+    assert wrong > 1e-3, f"rows of unlike lengths: a mean of means must be another loss, or this test shows nothing ({wrong})"
     if sharding == "fsdp2":
         seen = read_json(tmp_path/"seen.json")
         assert seen["qlora"][:2] == [14, 14], "7 linear layers in each of 2 blocks, every one of them sharded"
         assert all(seen[m][2] == seen[m][3] > 0 for m in ("full", "lora", "qlora"))
         assert "14 4-bit weights are not sharded" in seen["uint8"], "uint8 storage stays whole, and must be found out"
+
+
+@pytest.mark.parametrize("sharding, method", [("ddp", "lora"), ("fsdp2", "qlora")])
+def test_accelerate_launch(sharding, method, alone, tmp_path, ledger):
+    "The other launcher, with the file that we write: two ranks, and torchrun's losses"
+    base, folder = alone
+    how = replace(base.launch, processes=2, sharding=sharding, accelerate=True, port=free_port())
+    file = write_json(tmp_path/"job.json", asdict(replace(base, method=method, name=method, folder=str(tmp_path), launch=how)))
+    assert start(how, "jobs", [str(file)], tmp_path, out=lambda words: None, env=TWO) == 0
+    logs = next((tmp_path/"logs").iterdir())
+    assert len(list(logs.glob("*/attempt_0/*/stderr.log"))) == 2 and (tmp_path/"command.txt").read_text().startswith("accelerate launch --config_file")
+    ledger(f"accelerate launch, 2 processes, {sharding}", "one process", apart(steps(folder/method), steps(tmp_path/method)), 1e-4)
+    if sharding == "fsdp2": assert read_json(tmp_path/"seen.json")["qlora"][:2] == [14, 14]
 
 
 @pytest.mark.parametrize("method", ["full", "qlora"])
@@ -126,18 +146,19 @@ def test_killed_process(alone, tmp_path):
 def alive(folder): return [int(f.read_text()) for f in folder.iterdir() if psutil.pid_exists(int(f.read_text())) and psutil.Process(int(f.read_text())).status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.mark.parametrize("end, words", [("1=kill", "process 1 was killed (SIGKILL"), ("0=raise", "process 0 failed (exit code 1)"), ("1=2", None)], ids=["killed", "raised", "bad input"])
-def test_how_a_job_ends(end, words, tmp_path):
+@pytest.mark.parametrize("end, words, accelerate", [("1=kill", "process 1 was killed (SIGKILL", False), ("0=raise", "process 0 failed (exit code 1)", False), ("1=2", None, False), ("1=kill", "process 1 was killed (SIGKILL", True)],
+                         ids=["killed", "raised", "bad input", "killed under accelerate"])
+def test_how_a_job_ends(end, words, accelerate, tmp_path):
     pids, said = tmp_path/"pids", []
     pids.mkdir()
-    def go(): return start(Launch(2, cpu=True), "lives", [str(pids), end], tmp_path/"job", lambda: "The last is checkpoint-7. ", said.append, TWO)
+    def go(): return start(Launch(2, cpu=True, accelerate=accelerate, port=free_port()), "lives", [str(pids), end], tmp_path/"job", lambda: "The last is checkpoint-7. ", said.append, TWO)
     if words is None: assert go() == 2
     else:
         with pytest.raises(UserError) as caught: go()
         assert words in str(caught.value) and "checkpoint-7" in str(caught.value) and ("the dog ate it" in str(caught.value)) == (end == "0=raise")
     assert len(list(pids.iterdir())) == 2 and not alive(pids)
     assert "here is 0 of 2" in "".join(said) and "here is 1" not in "".join(said), "only rank 0 is heard"
-    assert (tmp_path/"job"/"command.txt").read_text().startswith("torchrun --nproc-per-node 2 --standalone -m lives")
+    assert (tmp_path/"job"/"command.txt").read_text().startswith("accelerate launch" if accelerate else "torchrun --nproc-per-node 2 --standalone -m lives")
 
 
 def test_killed_launcher_leaves_no_orphans(tmp_path):

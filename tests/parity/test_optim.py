@@ -172,3 +172,26 @@ def test_transformer_says_its_parts():
     parts = fused_parts(model)
     if not parts: pytest.skip("the model names no fused matrices")
     assert all(sum(rows) == p.shape[-2] for p, rows in parts.items())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_is_more_than_a_width(tied):
+    "gate_up with as many rows as the vocabulary stays Muon's; the head never is"
+    model = Transformer(Config(vocab_size=300, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, d_hidden=150, tied=tied))
+    twin = Transformer(Config(vocab_size=299, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, d_hidden=150, tied=tied))
+    found, expected = ([n for n, p in m.named_parameters() if any(p is q for q in hidden_matrices(m))] for m in (model, twin))
+    assert found == expected and sum(p.shape[0] == 300 for n, p in model.named_parameters() if n in found) == 2
+    from transformers import LlamaConfig, LlamaForCausalLM
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1))
+    chosen = {n.split(".")[-2] for n, p in llama.named_parameters() if any(p is q for q in hidden_matrices(llama))}
+    assert chosen == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    plain = nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 8), nn.Linear(8, 30))
+    assert [p.shape for p in hidden_matrices(plain)] == [(8, 8)], "a head need not be called one"
+
+
+def test_the_town_is_as_it_was():
+    "The default model's matrices, by the old rule: width alone"
+    model = Transformer(Config())
+    widths = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    old = [n for n, p in model.named_parameters() if p.ndim >= 2 and p.shape[0] not in widths]
+    assert [n for n, p in model.named_parameters() if any(p is q for q in hidden_matrices(model))] == old

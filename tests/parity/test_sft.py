@@ -195,6 +195,20 @@ def test_micro_batches_reach_the_loop(template):
     assert twice.tokens == sum(sum(m) for _, m in rows) > once.tokens > 0, "two micro-batches of four are all eight rows"
 
 
+def test_decay_reaches_the_optimizer(template):
+    "One step of AdamW shrinks a matrix by rate x decay; norms are left alone, and the default is the loop's"
+    rows, model = rows_for(template, 8), Transformer(Config(vocab_size=300, d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_hidden=48))
+    tuned = {}
+    for decay in (0., .1, .5):
+        tuned[decay] = copy.deepcopy(model)
+        step, = sft(tuned[decay], rows, SFT(steps=1, batch=4, length=32, packed=False, lr=.01, matrix_lr=0., decay=decay, autocast="off"), progress=False)
+    for start, free, held in zip(model.parameters(), tuned[0.].parameters(), tuned[.5].parameters()):
+        torch.testing.assert_close(free - held, (step.lr*.5*start if start.ndim > 1 else torch.zeros_like(start)), atol=1e-7, rtol=1e-4)
+    plain = copy.deepcopy(model)
+    list(sft(plain, rows, SFT(steps=1, batch=4, length=32, packed=False, lr=.01, matrix_lr=0., autocast="off"), progress=False))
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), tuned[.1].parameters()))
+
+
 # TRL
 
 @pytest.fixture(scope="module")
