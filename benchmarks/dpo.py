@@ -40,6 +40,7 @@ def peer(folder, pairs, batch, bf16):
     trainer = DPOTrainer(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), args=config, train_dataset=Dataset.from_list(rows), processing_class=PreTrainedTokenizerFast.from_pretrained(folder))
     trainer.get_train_dataloader()  # precomputes the reference
     trainer.create_optimizer()
+    trainer.ready = trainer.accelerator.prepare_model(trainer.model)  # as train() does: bf16 happens in here
     trainer.current_gradient_accumulation_steps = 1
     return trainer
 
@@ -64,7 +65,7 @@ def main(steps, batch, bf16):
         def ours(step): return train_step(model.train(), [batch_at(step)], optimizers, 1., loss, bf16 != "none")[0]
         def theirs(step):
             inputs = trainer.data_collator([data[i] for i in draw(len(rows), batch, step).tolist()])
-            value = trainer.training_step(trainer.model, inputs)
+            value = trainer.training_step(trainer.ready.train(), inputs)
             torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.)
             trainer.optimizer.step()
             trainer.optimizer.zero_grad()

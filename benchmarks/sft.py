@@ -37,6 +37,7 @@ def peer(folder, rows, batch, bf16):
     data = Dataset.from_list([dict(input_ids=ids, completion_mask=mask) for ids, mask in rows])
     trainer = SFTTrainer(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config, train_dataset=data, processing_class=PreTrainedTokenizerFast.from_pretrained(folder))
     trainer.create_optimizer()
+    trainer.ready = trainer.accelerator.prepare_model(trainer.model)  # as train() does: bf16 happens in here
     trainer.current_gradient_accumulation_steps = 1
     return trainer
 
@@ -54,7 +55,7 @@ def main(steps, batch, bf16):
         template.save(folder)
         trainer = peer(folder, rows, batch, bf16 == "both")
         packed, times = Transformer.from_pretrained(folder), dict(ours=[], trl=[], packed=[])
-        optimizers, more = (make_optimizers(m, 1e-4, 0., 0.) for m in (model, packed))
+        optimizers, more = (make_optimizers(m, 1e-4, 0., 0., .999) for m in (model, packed)) # TRL's memory of squared gradients
         how = SFT(batch=batch, length=128, replay=0., packed=False)
         batch_at, few = batches(rows, how, pad_id=template.tokenizer.pad_id), batches(rows, SFT(batch=batch//2, length=128, replay=0.), pad_id=template.tokenizer.pad_id)
         def narrow(b):
@@ -64,7 +65,7 @@ def main(steps, batch, bf16):
         def ours_packed(step): return train_step(packed.train(), [few(step)], more, 1., batch_loss, bf16 != "none")[0]
         def theirs(step):
             inputs = trainer.data_collator([trainer.train_dataset[i] for i in draw(len(rows), batch, step).tolist()])
-            value = trainer.training_step(trainer.model, inputs, (inputs["labels"][:, 1:] != -100).sum())
+            value = trainer.training_step(trainer.ready.train(), inputs, (inputs["labels"][:, 1:] != -100).sum())
             torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.)
             trainer.optimizer.step()
             trainer.optimizer.zero_grad()
