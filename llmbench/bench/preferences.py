@@ -34,8 +34,8 @@ from ..use.evals import ask, score
 class Preferences:
     "How a tuned model of the town learns manners and sums"
     manners:SFT=SFT(steps=60, length=128, lr=2e-3, matrix_lr=.01) # mixes moods into the answers: nothing can be preferred that is never said
-    book:Reward=Reward(steps=700, batch=32, length=128, lr=2e-3, matrix_lr=.01) # reads the town's book: each sentence beside a false one
-    reward:Reward=Reward(steps=150, length=128)                   # learns what is better from pairs of answers
+    book:Reward=Reward(steps=0, batch=32, length=128, lr=2e-3, matrix_lr=.01) # reads the town's book, each sentence beside a false one; 0 steps leave it unread
+    reward:Reward=Reward(length=128)                              # learns what is better from pairs of answers
     dpo:DPO=DPO(steps=30, length=128, lr=5e-5, matrix_lr=0.)      # learns manners from pairs
     ppo:PPO=PPO(sampling=Sampling(prompts=32, new_tokens=44), steps=25, lr=1e-4) # learns manners from the reward model
     sums:SFT=SFT(steps=220, batch=16, length=64, lr=3e-3, matrix_lr=.02, replay=0.) # learns to add
@@ -122,13 +122,13 @@ def learn_reward(
     start:Path,  # folder of the model whose backbone it takes
     how:Reward,  # steps, rates, on pairs of answers
     world:World, # the town
-    book:Reward|None=None, # steps, rates, on the book; None leaves it unread
+    book:Reward|None=None, # steps, rates, on the book; None or 0 steps leave it unread
 )->dict:         # held-out accuracy with interval, of pairs that truth and that manners decide, pairs
     "Train a reward model on the town's book, then on its preferences"
     template, model = ChatTemplate.load(start), RewardModel(Transformer.from_pretrained(start))
     pairs, read = {split: world.preferences("both", split=split) for split in ("sft", "heldout")}, []
     train, held = (pair_rows(some, template, how.length)[0] for some in pairs.values())
-    if book:
+    if book and book.steps:
         read = pair_rows(book_pairs(world), template, book.length)[0]
         for _ in reward(model, read, book, folder=folder/"book", pad_id=template.tokenizer.pad_id): pass
     for _ in reward(model, train + read[:len(train)], how, folder=folder/"checkpoints", pad_id=template.tokenizer.pad_id): pass
