@@ -109,10 +109,10 @@ def pair_labeller(
         found.update(right=int((rewards[:, 0] > rewards[:, 1]).sum()), pairs=len(held), traits=trait_rewards(model, template, labels))
     question = widgets.IntSlider(1, min=1, max=count, description="question")
     box = widgets.Text(labels.typed[0], description="best first", placeholder="D > B = A > C", continuous_update=False)
-    shown = [1]
+    shown = dict(question=1, ranked=labels.typed[0])
     def draw(records, question, ranked):
-        if question != shown[0] and ranked == labels.typed[shown[0] - 1]: box.value = ranked = labels.typed[question - 1] # what was said about this one
-        shown[0] = question
+        if question != shown["question"] and ranked == shown["ranked"]: box.value = ranked = labels.typed[question - 1] # what was said about this one
+        shown.update(question=question, ranked=ranked)
         return labels_view(labels, question - 1, ranked, records, found)
     panel = Panel(draw, html=True, run=run, question=question, ranked=box)
     panel.labels, panel.found = labels, found
