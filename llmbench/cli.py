@@ -31,6 +31,7 @@ class RunCommand:
     "Text and conversations to a model that answers, and a report. With no files: the embedded town, two to five minutes on two cores. Unchanged stages are skipped, interrupted ones go on."
     text:tuple[str, ...]=()   # files or folders of documents (.txt .md .json .jsonl .csv, also .gz)
     chat:tuple[str, ...]=()   # files of conversations (Alpaca, ShareGPT, messages, prompt/completion; .json .jsonl .csv .parquet)
+    pairs:tuple[str, ...]=()  # files of pairs, chosen and rejected answers, for reward and dpo (beside --chat; .json .jsonl .csv .parquet)
     name:str="town"           # name of the run ("own" with --text or --chat)
     folder:str="runs"         # the run is written to FOLDER/NAME
     seed:int=0                # of the town, the weights and the order of the data
@@ -46,7 +47,7 @@ class RunCommand:
 
     def configuration(self)->Run: # for `bench.run`
         "The run that these options describe"
-        return Run(self.name, self.seed, Source(self.text, self.chat, self.people, self.valid), self.model, self.pretrain, self.sft, self.preferences, self.forget)
+        return Run(self.name, self.seed, Source(self.text, self.chat, self.people, self.valid), self.model, self.pretrain, self.sft, self.preferences, self.pairs, self.forget)
 
 def preset(
     arguments:list[str], # of the command line
@@ -54,7 +55,7 @@ def preset(
     "Own files want a larger vocabulary and longer rows than the town"
     if not {"--text", "--chat"} & {a.split("=")[0] for a in arguments}: return RunCommand()
     own = own_files()
-    return RunCommand(name=own.name, valid=own.source.valid, model=own.model, pretrain=own.pretrain, sft=own.sft)
+    return RunCommand(name=own.name, valid=own.source.valid, model=own.model, pretrain=own.pretrain, sft=own.sft, preferences=own.preferences)
 
 # %% ../nbs/99_cli.ipynb #6de1b642
 def seconds_a_step(

@@ -20,13 +20,13 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for 95 %, by numb
 def row_of(records):
     "The figures of a run's preference stages"
     facts = {stage: record["facts"] for stage, record in records.items()}
-    row = {"reward model, held-out pairs": facts["reward"]["accuracy"]}
+    row = {"reward model, held-out pairs": facts["reward"]["accuracy"], "decided by truth": facts["reward"]["truth"], "decided by manners": facts["reward"]["manners"]}
     for when in ("before", "after"):
         row |= {f"DPO polite, {when}": facts["dpo"][when]["polite"], f"DPO exact, {when}": facts["dpo"][when]["exact"],
                 f"PPO true reward, {when}": facts["ppo"][when]["truth"], f"PPO paid reward, {when}": facts["ppo"][when]["paid"],
                 f"GRPO held-out sums, {when}": facts["grpo"][when]["held"], f"GRPO trained sums, {when}": facts["grpo"][when]["trained"]}
     return row | {"PPO nats per answer": facts["ppo"]["after"]["kl"], "PPO share of what was possible": (facts["ppo"]["after"]["truth"] - facts["ppo"]["before"]["truth"])/(facts["ppo"]["best"] - facts["ppo"]["before"]["truth"]),
-                  "seconds of all stages": sum(r["seconds"] for r in records.values())}
+                  "seconds of the reward stage": records["reward"]["seconds"], "seconds of all stages": sum(r["seconds"] for r in records.values())}
 
 
 def main(seeds, folder):

@@ -1,7 +1,7 @@
 """PPO and GRPO on the town, three seeds: `python experiments/town_rl/run.py [RUNS] [manners|arithmetic|clean ...]` (about seven minutes on one core)
 
 RUNS holds a folder a seed with `sft/model`, as `llmbench run --seed N` makes it; without it, the shelf model serves all seeds (and says so).
-Prints one JSON line a run, and the sums at the end; `results.json` keeps them."""
+Prints one JSON line a run, and the sums at the end; `results.json` keeps them. `python experiments/town_rl/run.py --table` prints the sums of what is kept."""
 import copy
 import json
 import sys
@@ -23,7 +23,8 @@ from llmbench.tune.chat import ChatTemplate
 from llmbench.tune.sft import SFT, rows_of, sft
 
 torch.set_num_threads(1)
-RUNS = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+TABLE = "--table" in sys.argv[1:]
+RUNS = Path(sys.argv[1]) if len(sys.argv) > 1 and not TABLE else None
 ONLY = sys.argv[2:] or ["manners", "arithmetic"]
 LANG, LONGEST = "en", 44
 
@@ -118,7 +119,28 @@ def arithmetic(seed, clean=False):
 def spread(xs): return f"{sum(xs)/len(xs):.3f} ({min(xs):.3f} to {max(xs):.3f})"
 
 
+def student(xs):
+    "Mean and half of the 95 % interval over seeds"
+    mean, t95 = sum(xs)/len(xs), {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+    return f"{mean:.3f} ± {t95[len(xs)]*(sum((x - mean)**2 for x in xs)/(len(xs) - 1)/len(xs))**.5:.3f}" if len(xs) in t95 else f"{mean:.3f}"
+
+
+def table(rows):
+    "What the bars ask for, seed by seed and as paired changes"
+    at = {(r["run"], r["seed"]): r for r in rows}
+    for run in dict.fromkeys(r["run"] for r in rows):
+        mine = [r for r in rows if r["run"] == run]
+        print(run, {k: spread([r[k] for r in mine]) for k in mine[0] if isinstance(mine[0][k], float) and k != "seconds"}, flush=True)
+    def change(run, start, mark): return [at[run, s][mark] - at[start, s][mark] for s in sorted({r["seed"] for r in rows}) if (run, s) in at and (start, s) in at]
+    for run in ("truth", "proxy_free", "proxy_leashed"):
+        if (run, 0) in at: print(f"{run}: change of the true reward {student(change(run, 'start', 'truth'))}, of the proxy {student(change(run, 'start', 'proxy'))}")
+    if ("truth", 0) in at: print(f"truth: share of what was possible (2.5) {student([c/(2.5 - at['start', s]['truth']) for s, c in enumerate(change('truth', 'start', 'truth'))])}")
+    for name in ("careless", "clean"):
+        if (f"{name}, grpo", 0) in at: print(f"{name}: change of right sums, training {student(change(f'{name}, grpo', f'{name}, start', 'train'))}, held out {student(change(f'{name}, grpo', f'{name}, start', 'held'))}")
+
+
 if __name__ == "__main__":
+    if TABLE: sys.exit(table(json.loads((Path(__file__).parent/"results.json").read_text())))
     print(f"base models: {folder_of(0)}" + ("" if RUNS else ", the same for all seeds"), flush=True)
     parts_of = dict(manners=manners, arithmetic=arithmetic, clean=lambda seed: arithmetic(seed, clean=True))
     place = Path(__file__).parent/"results.json"
@@ -129,6 +151,4 @@ if __name__ == "__main__":
             rows += parts_of[name](seed)
             new = {(r["run"], r["seed"]) for r in rows}
             place.write_text(json.dumps([r for r in old if (r["run"], r["seed"]) not in new] + rows, indent=1) + "\n")
-    for run in dict.fromkeys(r["run"] for r in rows):
-        mine = [r for r in rows if r["run"] == run]
-        print(run, {k: spread([r[k] for r in mine]) for k in mine[0] if isinstance(mine[0][k], float) and k != "seconds"}, flush=True)
+    table(rows)

@@ -17,10 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .pairs import PairRow, Pairs, PairStep, fit_pairs, pair_batches, stack_pairs
+from .pairs import PairRow, Pairs, PairStep, learn_pairs, rows_fit, stack_pairs
 from ..core import UserError, fingerprint, seq_logps, wide
 from ..text.batch import Batch
-from ..train.loop import Fit
 
 # %% ../../nbs/5_align/51_dpo.ipynb #05243426
 def implicit_rewards(
@@ -211,12 +210,7 @@ def dpo(
 )->Iterator[PairStep]:              # one record a step
     "Direct preference optimization: rows whose answers are compared with what the reference thought of them"
     folder = Path(folder) if folder else None
-    longest = max((len(ids) for row in rows for ids, _ in row), default=0)
-    if longest > config.length: raise UserError(f"a row has {longest} tokens, but DPO.length is {config.length}", "rows", f"Call pair_rows with length={config.length}, or raise DPO.length")
-    how = Fit(steps=config.steps, lr=config.lr, matrix_lr=config.matrix_lr, warmup=config.warmup, micro=config.micro, autocast=config.autocast, decay=0.)
+    rows_fit(rows, config)
     asked = rows + (valid or [])
     ref = kept_reference(folder, reference or model, asked, pad_id) if config.loss != "simpo" else torch.zeros(len(asked), 2)
-    held = stack_pairs(valid, pad_id, ref[len(rows):]) if valid else None
-    held = [held.rows(torch.arange(i, min(i + 32, len(held)))) for i in range(0, len(held), 32)] if held else None
-    batch_at = pair_batches(stack_pairs(rows, pad_id, ref[:len(rows)]), config.batch, config.micro, config.seed)
-    yield from fit_pairs(model, batch_at, how, lambda m, pairs: preference_loss(m, pairs, config), held, folder, progress)
+    yield from learn_pairs(model, rows, config, lambda m, pairs: preference_loss(m, pairs, config), valid, folder, pad_id, ref, progress=progress, decay=0.)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .kl import kl_k1, kl_k2, kl_k3
-from .loop import RLStep, generator_at, minibatches, prompts_at, rollout_metrics, run_steps, settle, take_step
+from .loop import RLStep, generator_at, in_range, minibatches, prompts_at, rollout_metrics, run_steps, settle, take_step
 from .rollout import Prompt, Rollout, Sampling, read_answers, rollout
 from ..core import UserError, fingerprint, masked_mean
 from ..train.checkpoint import latest
@@ -135,10 +135,7 @@ class GRPO:
     seed:int=0             # of prompts, answers and mini-batches
 
     def __post_init__(self):
-        if self.autocast not in ("auto", "on", "off"): raise UserError(f"{self.autocast!r} is not known", "GRPO.autocast", "Write auto, on or off")
-        least = dict(steps=1, lr=0, warmup=0, epochs=1, minibatch=0, clip=1e-6, clip_high=1e-6, beta=0, stop_kl=0, grad_clip=0, save_every=1)
-        for name, low in least.items():
-            if not low <= getattr(self, name) < math.inf: raise UserError(f"{getattr(self, name)!r} is out of range", f"GRPO.{name}", f"Give a number from {low} up")
+        in_range(self, steps=1, lr=0, warmup=0, epochs=1, minibatch=0, clip=1e-6, clip_high=1e-6, beta=0, stop_kl=0, grad_clip=0, save_every=1)
         if self.loss not in (*NORMALISE, "rloo"): raise UserError(f"unknown loss {self.loss!r}", "GRPO.loss", f"Known: {', '.join(NORMALISE)}, rloo")
         if self.sampling.group < 2: raise UserError("a group of one has nothing to compare with", "GRPO.sampling.group", "Take 4 to 16 answers to each prompt")
 

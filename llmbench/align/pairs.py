@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PairRow', 'ranking_pairs', 'ranking', 'prompt_key', 'split_pairs', 'Preference', 'preference_of', 'read_preferences',
            'answer_row', 'pair_rows', 'Pairs', 'stack_pairs', 'pair_batches', 'PairStep', 'pair_figures', 'log_pairs',
-           'fit_pairs']
+           'fit_pairs', 'rows_fit', 'learn_pairs']
 
 # %% ../../nbs/5_align/50a_pairs.ipynb #d87d278d
 import json
@@ -248,3 +248,33 @@ def fit_pairs(
         log_pairs(folder, record, first)
         first = seen.clear()
         yield record
+
+# %% ../../nbs/5_align/50a_pairs.ipynb #113db468
+def rows_fit(
+    rows:list[PairRow], # from `pair_rows`
+    config,             # a record with `length`
+)->None:
+    "UserError when a row is longer than the settings allow"
+    longest, kind = max((len(ids) for row in rows for ids, _ in row), default=0), type(config).__name__
+    if longest > config.length: raise UserError(f"a row has {longest} tokens, but {kind}.length is {config.length}", "rows", f"Call pair_rows with length={config.length}, or raise {kind}.length")
+
+def learn_pairs(
+    model:nn.Module,                # trained in place
+    rows:list[PairRow],             # to learn from
+    config,                         # a record with steps, batch, micro, lr, matrix_lr, warmup, autocast, seed
+    loss:Callable,                  # (model, Pairs) -> losses (B,), rewards (B,2)
+    valid:list[PairRow]|None=None,  # held-out pairs
+    folder:Path|None=None,          # see `fit_pairs`
+    pad_id:int=0,                   # fills rows
+    ref:Tensor|None=None,           # (N,2) reference log-probabilities of `rows`, then of `valid`
+    margin:list[float]|None=None,   # of `rows`
+    progress:bool=True,             # show a bar with the time left
+    **fit,                          # further settings of `train.loop.Fit`
+)->Iterator[PairStep]:              # one record a step
+    "`fit_pairs` with the settings of a `Reward` or a `DPO`"
+    how = Fit(**{name: getattr(config, name) for name in ("steps", "lr", "matrix_lr", "warmup", "micro", "autocast")}, **fit)
+    first, rest = (None, None) if ref is None else (ref[:len(rows)], ref[len(rows):])
+    held = stack_pairs(valid, pad_id, rest) if valid else None
+    held = [held.rows(torch.arange(i, min(i + 32, len(held)))) for i in range(0, len(held), 32)] if held else None
+    batch_at = pair_batches(stack_pairs(rows, pad_id, first, margin), config.batch, config.micro, config.seed)
+    yield from fit_pairs(model, batch_at, how, loss, held, folder, progress)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .kl import kl_k1, kl_k2
-from .loop import RLStep, generator_at, minibatches, prompts_at, rollout_metrics, run_steps, settle, take_step
+from .loop import RLStep, generator_at, in_range, minibatches, prompts_at, rollout_metrics, run_steps, settle, take_step
 from .rollout import Prompt, Rollout, Sampling, read_answers, rollout
 from ..core import UserError, fingerprint, masked_mean
 from ..train.checkpoint import latest
@@ -167,10 +167,7 @@ class PPO:
     seed:int=0             # of prompts, answers and mini-batches
 
     def __post_init__(self):
-        if self.autocast not in ("auto", "on", "off"): raise UserError(f"{self.autocast!r} is not known", "PPO.autocast", "Write auto, on or off")
-        least = dict(steps=1, lr=0, value_lr=0, warmup=0, epochs=1, minibatch=0, clip=1e-6, value_clip=1e-6, vf_coef=0, gamma=0, lam=0, kl_coef=0, kl_target=0, horizon=1, entropy_coef=0, stop_kl=0, grad_clip=0, save_every=1)
-        for name, low in least.items():
-            if not low <= getattr(self, name) < float("inf"): raise UserError(f"{getattr(self, name)!r} is out of range", f"PPO.{name}", f"Give a number from {low} up")
+        in_range(self, steps=1, lr=0, value_lr=0, warmup=0, epochs=1, minibatch=0, clip=1e-6, value_clip=1e-6, vf_coef=0, gamma=0, lam=0, kl_coef=0, kl_target=0, horizon=1, entropy_coef=0, stop_kl=0, grad_clip=0, save_every=1)
         if self.gamma > 1 or self.lam > 1: raise UserError("above 1 the sum of what is to come grows without end", "PPO.gamma, PPO.lam", "Give numbers from 0 to 1")
 
 # %% ../../nbs/5_align/54_ppo.ipynb #e66b4e85

@@ -19,12 +19,11 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .pairs import PairRow, Pairs, PairStep, fit_pairs, pair_batches, ranking, ranking_pairs, split_pairs, stack_pairs
+from .pairs import PairRow, Pairs, PairStep, learn_pairs, ranking, ranking_pairs, rows_fit, split_pairs, stack_pairs
 from ..core import UserError, fingerprint, read_json
 from ..model.checkpoint import Weights, layout, read_config
 from ..model.transformer import Transformer
 from ..text.batch import pad
-from ..train.loop import Fit
 from ..tune.chat import ChatTemplate
 
 _all_ = ["ranking", "ranking_pairs", "split_pairs"] # at home in align.pairs
@@ -120,13 +119,8 @@ def reward(
     progress:bool=True,             # show a bar with the time left
 )->Iterator[PairStep]:              # one record a step
     "Train a reward model on pairs"
-    longest = max((len(ids) for row in rows for ids, _ in row), default=0)
-    if longest > config.length: raise UserError(f"a row has {longest} tokens, but Reward.length is {config.length}", "rows", f"Call pair_rows with length={config.length}, or raise Reward.length")
-    how = Fit(steps=config.steps, lr=config.lr, matrix_lr=config.matrix_lr, warmup=config.warmup, micro=config.micro, autocast=config.autocast)
-    held = stack_pairs(valid, pad_id) if valid else None
-    held = [held.rows(torch.arange(i, min(i + 32, len(held)))) for i in range(0, len(held), 32)] if held else None
-    batch_at = pair_batches(stack_pairs(rows, pad_id, margin=margin), config.batch, config.micro, config.seed)
-    yield from fit_pairs(model, batch_at, how, lambda m, pairs: pair_loss(m, pairs, config.center), held, folder, progress)
+    rows_fit(rows, config)
+    yield from learn_pairs(model, rows, config, lambda m, pairs: pair_loss(m, pairs, config.center), valid, folder, pad_id, margin=margin, progress=progress)
 
 # %% ../../nbs/5_align/50_reward.ipynb #5a1bccaf
 def reliability(

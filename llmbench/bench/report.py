@@ -109,8 +109,8 @@ def stage_text(
         sft=lambda: f"{'; '.join(f['account'].splitlines())}; {_number(f['tokens'])} answer tokens in {f['steps']:,} steps; last loss {f['train_loss']:.3f}",
         eval=lambda: f"{len(f['scores'])} scores, {len(f['samples'])} samples",
         manners=lambda: f"answers in mixed moods: {f['after']['polite']:.0%} polite, {f['after']['exact']:.0%} exact",
-        reward=lambda: f"{f['pairs']:,} pairs; right on {f['accuracy']:.1%} of {f['held_pairs']:,} held-out pairs ({f['low']:.1%} to {f['high']:.1%}; chance 50 %)",
-        dpo=lambda: f"{f['pairs']:,} pairs; polite {f['before']['polite']:.0%} to {f['after']['polite']:.0%}, exact {f['before']['exact']:.0%} to {f['after']['exact']:.0%}",
+        reward=lambda: f"{f['pairs']:,} pairs" + (f" and {f['read']:,} from the book" if f.get("read") else "") + f"; right on {f['accuracy']:.1%} of {f['held_pairs']:,} held-out pairs ({f['low']:.1%} to {f['high']:.1%}; chance 50 %)" + (f"; decided by truth {f['truth']:.1%}, by manners {f['manners']:.1%}" if "truth" in f else ""),
+        dpo=lambda: f"{f['pairs']:,} pairs; polite {f['before']['polite']:.0%} to {f['after']['polite']:.0%}, exact {f['before']['exact']:.0%} to {f['after']['exact']:.0%}" if "before" in f else f"{f['pairs']:,} pairs; its implied reward is right on {f['accuracy']:.1%} of {f['held_pairs']:,} held-out pairs ({f['low']:.1%} to {f['high']:.1%}; chance 50 %), margin {f['margin']:.2f}",
         ppo=lambda: f"true reward {f['before']['truth']:.2f} to {f['after']['truth']:.2f} of {f['best']:.0f}, paid {f['before']['paid']:.2f} to {f['after']['paid']:.2f}, {f['after']['kl']:.1f} nats per answer from the start",
         grpo=lambda: f"right sums, held out: {f['before']['held']:.0%} to {f['after']['held']:.0%}; trained: {f['before']['trained']:.0%} to {f['after']['trained']:.0%}",
         forget=lambda: f"a lesson about the shop, {f['lesson']['steps']} steps: " + "; ".join(f"{r['remedy']['name']}: new {r['new']:.0%}, old {f['before']['old']:.0%} to {r['old']:.0%}" for r in f["rows"]))[name]()

@@ -108,14 +108,13 @@ def pair_labeller(
         rewards = pair_rewards(model, held)
         found.update(right=int((rewards[:, 0] > rewards[:, 1]).sum()), pairs=len(held), traits=trait_rewards(model, template, labels))
     question = widgets.IntSlider(1, min=1, max=count, description="question")
-    ranked = widgets.Text(labels.typed[0], description="best first", placeholder="D > B = A > C", continuous_update=False)
-    panel = Panel(lambda records, question, ranked: labels_view(labels, question - 1, ranked, records, found), html=True, run=run, question=question, ranked=ranked)
-    def moved(change):
-        panel._muted = True
-        ranked.value, panel._muted = labels.typed[change.new - 1], False
-    question.unobserve_all("value")
-    question.observe(moved, names="value")
-    question.observe(lambda change: panel._moved(change), names="value")
+    box = widgets.Text(labels.typed[0], description="best first", placeholder="D > B = A > C", continuous_update=False)
+    shown = dict(question=1, ranked=labels.typed[0])
+    def draw(records, question, ranked):
+        if question != shown["question"] and ranked == shown["ranked"]: box.value = ranked = labels.typed[question - 1] # what was said about this one
+        shown.update(question=question, ranked=ranked)
+        return labels_view(labels, question - 1, ranked, records, found)
+    panel = Panel(draw, html=True, run=run, question=question, ranked=box)
     panel.labels, panel.found = labels, found
     return panel
 

@@ -154,3 +154,29 @@ def test_forgetting_lab(lab):
     page.theme("dark")
     page.screenshot("play-forgetting-dark")
     assert page.errors() == []
+
+
+LABELS = ["from llmbench.play.align import pair_labeller\nlabeller = pair_labeller(('polite',), count=8, steps=12)\nlabeller"]
+
+
+def test_pair_labeller(lab):
+    "Rankings stay with their questions whichever way one moves between them; Run trains on what was typed"
+    page = lab.open(LABELS).run_all()
+    panel = page.panel(0)
+    first = page.python("labeller.labels.typed[0]").strip("'")
+    with panel.changes(): panel.press("question", "ArrowRight")
+    wait(lambda: page.python("labeller.values['ranked'] == labeller.labels.typed[1]") == "True")
+    with panel.changes(): panel.type("best first", "D > A > C > B")
+    wait(lambda: page.python("labeller.labels.typed[1]") == "'D > A > C > B'")
+    with panel.changes(): panel.press("question", "ArrowLeft")
+    wait(lambda: page.python("labeller.values['ranked']").strip("'") == first)
+    assert page.python("labeller.labels.typed[1]") == "'D > A > C > B'", "the ranking of question 2 was lost"
+    panel.type("best first", "A > A")
+    wait(lambda: page.python("labeller.error is not None") == "True")
+    panel.type("best first", first)
+    wait(lambda: page.python("labeller.error is None") == "True")
+    with panel.changes(60): panel.click("Run")
+    wait(lambda: page.python("labeller._busy()") == "False", 90)
+    assert page.python("len(labeller.records)") == "12" and "kept back pairs" in panel.content()
+    page.screenshot("play-labeller", full=False)
+    assert page.errors() == []

@@ -156,6 +156,27 @@ def test_entropy_and_values(model):
     assert torch.allclose(read.entropy, -(p.exp()*p).sum(-1)[roll.counts > 0].mean(), atol=1e-5)
 
 
+@pytest.mark.parametrize("how", [dict(), dict(top_k=3)], ids=str)
+def test_many_answers_are_scored_in_parts(how, model, monkeypatch):
+    "With room for a few rows of logits only, the same numbers come out; with gradients all rows are read at once"
+    from llmbench.align import rollout as module
+    class Sum(torch.nn.Module):
+        def forward(self, hidden): return hidden.sum(-1, keepdim=True)
+    roll, seen = rolled(model, **how), []
+    with torch.no_grad(): whole = read_answers(model, roll.ids, roll.mask, Sampling(**how), head=Sum())
+    states = module.answer_states
+    monkeypatch.setattr(module, "answer_states", lambda m, ids, mask: (seen.append(len(ids)), states(m, ids, mask))[1])
+    monkeypatch.setattr(module, "MOST", 4*roll.ids.shape[1]*V)
+    with torch.no_grad(): parts = read_answers(model, roll.ids, roll.mask, Sampling(**how), head=Sum())
+    assert seen == [4, 4, 4, 3]
+    for name in ("logps", "entropy", "values"): assert torch.allclose(getattr(parts, name), getattr(whole, name), atol=1e-5), name
+    assert parts.kept is None if whole.kept is None else torch.equal(parts.kept, whole.kept)
+    again = read_answers(model, roll.ids, roll.mask, Sampling(**how), whole.kept)
+    assert seen[4:] == [15] and again.logps.requires_grad
+    with torch.no_grad(): given = read_answers(model, roll.ids, roll.mask, Sampling(**how), whole.kept)
+    assert torch.allclose(given.logps, whole.logps, atol=1e-5)
+
+
 def test_transformers_model(model, tmp_path, ledger):
     "The same answers and log-probabilities from transformers' Llama with the same weights"
     from transformers import AutoModelForCausalLM

@@ -14,7 +14,7 @@ import pytest
 COMMAND = str(Path(sys.executable).parent/"llmbench")
 SMALL = ("--people 6 --model.d-model 32 --model.n-layers 2 --model.n-heads 2 --model.n-kv-heads 1 --model.d-hidden 64 --model.vocab-size 400 "
          "--pretrain.batch 8 --pretrain.fit.steps 60 --pretrain.fit.save-every 10 --pretrain.fit.valid-every 20 --sft.steps 30 --sft.batch 8 "
-         "--preferences.manners.steps 4 --preferences.reward.steps 4 --preferences.dpo.steps 2 --preferences.ppo.steps 1 --preferences.sums.steps 4 --preferences.careless.steps 2 --preferences.grpo.steps 2 --forget.steps 2 --forget.every 40").split()
+         "--preferences.manners.steps 4 --preferences.book.steps 4 --preferences.reward.steps 4 --preferences.dpo.steps 2 --preferences.ppo.steps 1 --preferences.sums.steps 4 --preferences.careless.steps 2 --preferences.grpo.steps 2 --forget.steps 2 --forget.every 40").split()
 
 
 def llmbench(*arguments, **how):
@@ -111,6 +111,14 @@ def test_own_files(tmp_path):
     done = llmbench("run", "--text", tmp_path/"text", "--chat", tmp_path/"chat.json", "--folder", tmp_path/"runs", *small, "--valid", "0.3")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "held-out answers" in (tmp_path/"runs"/"own"/"report.html").read_text()
+    assert "no pairs; add --pairs FILE" in done.stdout
+    (tmp_path/"pairs.jsonl").write_text("".join(json.dumps(dict(prompt=r["instruction"], chosen=r["output"], rejected=r["output"].upper() + "?")) + "\n" for r in rows))
+    done = llmbench("run", "--text", tmp_path/"text", "--chat", tmp_path/"chat.json", "--pairs", tmp_path/"pairs.jsonl", "--folder", tmp_path/"runs", *small, "--valid", "0.3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("unchanged, skipped") == 5 and "implied reward is right on" in (tmp_path/"runs"/"own"/"report.html").read_text()
+    assert (tmp_path/"runs"/"own"/"reward"/"model"/"model.safetensors").exists() and (tmp_path/"runs"/"own"/"dpo"/"model"/"model.safetensors").exists()
+    done = llmbench("run", "--pairs", tmp_path/"pairs.jsonl", "--folder", tmp_path/"other", *SMALL)
+    assert done.returncode == 2 and "--chat FILE" in done.stderr and "Traceback" not in done.stderr, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("text, chat", [("tinyshakespeare.txt", "alpaca_en.json"), ("zh_tang_poems.json", "alpaca_zh.json"), ("c4_en.jsonl", "sharegpt_toolcall_zh.json"), ("c4_en.jsonl", "self_instruct_seeds.jsonl")])
