@@ -75,7 +75,7 @@ with tempfile.TemporaryDirectory() as home:
                 losses[way] = [s.loss for s in read_steps(home/mine.name/"sft")]
             else:
                 how = SFTConfig(output_dir=str(home/mine.name), max_steps=args.steps, per_device_train_batch_size=4, learning_rate=job.optim.lr, lr_scheduler_type="constant_with_warmup", warmup_steps=2, use_cpu=True, bf16=False,
-                                report_to="none", disable_tqdm=True, logging_steps=1, max_length=128, save_strategy="steps", save_steps=10**6)
+                                report_to="none", disable_tqdm=True, logging_steps=1, max_length=128, activation_checkpointing=False, save_strategy="steps", save_steps=10**6)
                 trainer = Plain(build_model(mine, found["place"], None, resolved(job.launch)), how, train_dataset=dataset(found["rows"]), processing_class=found["template"].inner)
                 trainer.remove_callback(PrinterCallback)
                 trainer.train()

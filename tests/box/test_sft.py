@@ -161,6 +161,7 @@ def test_the_bar(smollm2, data, tmp_path):
     bar = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bar)
     bar.DATA = data/"alpaca_en.json"
+    if not script.with_name("bar.json").exists(): pytest.skip("no record yet: python experiments/box_sft/bar.py")
     recorded = json.loads(script.with_name("bar.json").read_text())["runs"]
     assert len(recorded) == 3 and all(abs(run["losses"][0] - 1.05) < .1 and run["losses"][-1] < .6 for run in recorded)
     losses, _ = bar.ten_steps(tmp_path, recorded[0]["rows"], 0)
