@@ -62,10 +62,6 @@ def later(samples):
 def second(samples):
     if any(s.prompt.task["prompt"].startswith("Who lives in house 3") for s in samples): raise RuntimeError("house 3 is haunted")
     return vowels(samples)
-def stops(samples):
-    import os, pathlib
-    pathlib.Path(os.environ["STOP_FILE"]).touch()
-    return vowels(samples)
 number = 7
 '''
 
@@ -81,10 +77,10 @@ def ppo_place(tmp_path_factory):
     place = tmp_path_factory.mktemp("ppo")
     template = ChatTemplate(BPE.train(["Who lives in Oldtown? Ann does. She bakes bread. "]*3, 320))
     torch.manual_seed(2)
-    model = Transformer(Config(vocab_size=template.tokenizer.vocab_size, d_model=64, n_layers=2, n_heads=2, n_kv_heads=1, d_hidden=96, max_length=128))
+    model = Transformer(Config(vocab_size=template.tokenizer.vocab_size, d_model=64, n_layers=2, n_heads=2, n_kv_heads=1, d_hidden=128, max_length=128))
     for p in model.parameters():
         if p.dim() > 1: torch.nn.init.normal_(p, std=.12)
-    with torch.no_grad(): model.embed.weight[template.tokenizer.end_id] *= 4  # now and then it is very likely: answers of all lengths
+    with torch.no_grad(): (model.embed if model.head is None else model.head).weight[template.tokenizer.end_id] *= 4  # now and then it is very likely: answers of all lengths
     model.save_pretrained(place/"tiny")
     template.save(place/"tiny")
     (place/"prompts.jsonl").write_text("".join(json.dumps(dict(prompt="Who lives in house %d%s?" % (i, " of the old town"*(i % 3)))) + "\n" for i in range(16)))

@@ -11,6 +11,9 @@ def rows(names): return [dict(prompt=f"What is the capital of {name}?", capital=
 TRAIN, HELD_OUT = rows(list(CAPITALS)[:24]), rows(list(CAPITALS)[24:])
 
 
+def right(sample): return sample.prompt.task["capital"] in sample.text
+
+
 def right_and_brief(samples):
-    "1 - tokens/20 for an answer that names the capital and comes to its end, else 0"
-    return [(1 - len(s.ids)/LONGEST)*(s.ended and s.prompt.task["capital"] in s.text) for s in samples]
+    "0 for an answer that does not name the capital, 1/2 for one that does, and up to 1 for one that also comes to an end, the sooner the more"
+    return [right(s)*(.5 + .5*s.ended*(1 - len(s.ids)/LONGEST)) for s in samples]

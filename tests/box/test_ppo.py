@@ -22,61 +22,56 @@ from llmbench.core import UserError, read_json, write_json
 from llmbench.train.checkpoint import latest
 
 pytestmark = pytest.mark.xdist_group("box processes")
-ROOT = Path(__file__).parent.parent.parent
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
 
 
 def records(folder, name="box"): return [json.loads(x) for x in (folder/name/"ppo"/"steps.jsonl").read_text().splitlines()]
 def same(records): return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
 
 
-def environment(place): return dict(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(place), str(ROOT)]))
+def environment(*places): return dict(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(map(str, (*places, ROOT))))
 
 
 def test_two_processes_equal_one(ppo_job, ppo_place, tmp_path, ledger):
-    "Updates of six of eight answers do not halve evenly in tokens; answers differ in length; the penalty adapts; and 4-bit weights are shared as well"
+    """Updates of five of eight answers do not halve evenly, answers differ in length, the penalty adapts, weights of 32 and of 4 bits.
+    The third job fails in the part of one process only (house 3): both say so at once, and neither waits for the other"""
+    change = dict(minibatch=5, kl_target=.5, horizon=50, entropy_coef=.01)
+    jobs = [ppo_job(name=method, method=method, ppo=change) for method in ("lora", "qlora")] + [ppo_job(name="fails", reward="town_marks:second")]
+    two = [replace(job, folder=str(tmp_path/"two"), launch=Launch(processes=2, cpu=True, timeout=60)) for job in jobs]
+    files = [str(write_json(tmp_path/f"{job.name}.json", asdict(job))) for job in two]
+    for job in jobs[:2]: train(job, check(job), progress=False)
+    assert start(two[0].launch, "ppo_jobs", files, tmp_path/"start", out=lambda text: None, env=environment(HERE, ppo_place)) == 0
     for method in ("lora", "qlora"):
-        config = ppo_job(name=f"one {method}", method=method, ppo=dict(minibatch=5, kl_target=.5, horizon=50, entropy_coef=.01))
-        train(config, check(config), progress=False)
-        two = replace(config, name=f"two {method}", launch=Launch(processes=2, cpu=True))
-        assert do_ppo_in(two, ppo_place) == 0
-        one, two = records(tmp_path, f"one {method}"), records(tmp_path, f"two {method}")
-        assert [r["note"] for r in one] == [r["note"] for r in two] and len(one) == 4, "the same answers"
-        assert all(r["updates"] == 4 and r["ended"] < 1 for r in one) and one[-1]["kl"] > 1e-3
-        worst = max(abs(a[k] - b[k]) for a, b in zip(one, two) for k in ("loss", "value_loss", "grad_norm", "kl", "reward", "entropy", "drift", "explained", "kl_coef"))
+        one, both = records(tmp_path, method), records(tmp_path/"two", method)
+        assert [r["note"] for r in one] == [r["note"] for r in both] and len(one) == 4, "the same answers"
+        assert all(r["updates"] == 4 for r in one) and 0 < sum(r["ended"] for r in one) < 4 and abs(one[-1]["kl"]) > 1e-2
+        worst = max(abs(a[k] - b[k]) for a, b in zip(one, both) for k in ("loss", "value_loss", "grad_norm", "kl", "reward", "entropy", "drift", "explained", "kl_coef"))
         ledger(f"box.ppo ({method}), two processes", "one process", worst, 1e-4)
+        assert (tmp_path/"two"/method/"ppo"/"answers.jsonl").read_text().count("\n") == 4*8, "one process writes"
+    said = [Path(f"{files[2]}.{rank}").read_text() for rank in (0, 1)]
+    assert said[0] == said[1] and "house 3 is haunted" in said[0]
 
 
-def do_ppo_in(config, place):
-    "The command in a process of its own, with the reward's module on its path"
-    job = [sys.executable, "-c", f"import sys; from llmbench.box.ppo import BoxPPO, do_ppo; from llmbench.box.sft import restored; from llmbench.core import read_json; sys.exit(do_ppo(restored(BoxPPO, read_json({str(write_json(place/'job.json', asdict(config)))!r}))))"]
-    return subprocess.run(job, env=os.environ | environment(place), cwd=place).returncode
-
-
-def test_one_process_fails_and_no_other_waits(ppo_job, ppo_place, tmp_path):
-    "House 3 is in the part of one process only; both say so, and stop at once with exit code 2"
-    config = ppo_job(reward="town_marks:second", launch=Launch(processes=2, cpu=True, timeout=60), ppo=dict(steps=3))
-    said, began = [], time.time()
-    job = write_json(tmp_path/"job.json", asdict(config))
-    assert start(config.launch, "llmbench.box.ppo", [str(job)], tmp_path, out=said.append, env=environment(ppo_place)) == 2
-    assert "house 3 is haunted" in "".join(said) and time.time() - began < 50
-
-
-def test_stop_in_two_processes_and_go_on_in_one(ppo_job, ppo_place, tmp_path, monkeypatch):
+def test_ctrl_c_in_two_processes_and_on_in_one(ppo_job, ppo_place, tmp_path):
     "Asked to stop, two processes finish their step together and save it; one process goes on to the same end"
-    whole = ppo_job(name="whole")
-    train(whole, check(whole), progress=False)
-    config = ppo_job(reward="town_marks:stops", ppo=dict(save_every=100), launch=Launch(processes=2, cpu=True))
-    (tmp_path/"box"/"ppo").mkdir(parents=True)
-    job = write_json(tmp_path/"job.json", asdict(config))
-    stop = tmp_path/"box"/"ppo"/"stop"
-    assert start(config.launch, "llmbench.box.ppo", [str(job)], tmp_path, out=lambda text: None, env=environment(ppo_place) | dict(STOP_FILE=str(stop))) == 0
+    change = dict(steps=60, save_every=100)
+    config = ppo_job(ppo=change, launch=Launch(processes=2, cpu=True))
+    job, log = write_json(tmp_path/"job.json", asdict(config)), tmp_path/"box"/"ppo"/"steps.jsonl"
+    program = f"import sys; from llmbench.box.ppo import BoxPPO, do_ppo; from llmbench.box.sft import restored; from llmbench.core import read_json; sys.exit(do_ppo(restored(BoxPPO, read_json({str(job)!r}))))"
+    parent = subprocess.Popen([sys.executable, "-c", program], env=os.environ | environment(ppo_place), cwd=ppo_place, stderr=subprocess.PIPE, text=True)
+    began = time.time()
+    while not (log.exists() and log.read_text().count("\n") > 1) and time.time() - began < 120: time.sleep(.05)
+    parent.send_signal(signal.SIGINT)
+    said = parent.communicate(timeout=60)[1]
     done = len(records(tmp_path))
-    assert stop.exists() and 1 <= done <= 2 and latest(tmp_path/"box"/"ppo").name == f"step-{done:07}"
-    stop.unlink()
-    alone = ppo_job()
-    train(alone, check(alone), progress=False)
+    assert "stopping after this step" in said and "KeyboardInterrupt" in said and 2 <= done < 60 and latest(tmp_path/"box"/"ppo").name == f"step-{done:07}"
+    more = ppo_job(ppo=dict(steps=done + 2, save_every=100))
+    assert do_ppo(more) == 0
+    whole = replace(more, name="whole")
+    train(whole, check(whole), progress=False)
     ours, right = records(tmp_path), records(tmp_path, "whole")
-    assert [r["note"] for r in ours] == [r["note"] for r in right]
+    assert len(ours) == done + 2 and [r["note"] for r in ours] == [r["note"] for r in right]
     assert max(abs(a[k] - b[k]) for a, b in zip(ours, right) for k in ("loss", "value_loss", "kl", "reward")) < 1e-4
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from llmbench.align.loop import prompts_at
-from llmbench.align.ppo import PolicyAndValue, ppo
+from llmbench.align.ppo import PolicyAndValue, credit, learn, ppo
 from llmbench.align.rollout import Sampling
 from llmbench.box.hub import FourBit, load_base, locate
 from llmbench.box.marks import check_reward_model, function_at, read_prompts, reward_model
-from llmbench.box.policy import Reference, as_reference, joined, learn_together, roll_parts, share_of_update, shared_base
+from llmbench.box.policy import Reference, as_reference, chance, joined, learn_together, roll_parts, share_of_update, shared_base
 from llmbench.box.ppo import check, train
 from llmbench.box.sft import Lora
 from llmbench.core import read_json
@@ -50,6 +50,38 @@ def test_steps_equal_our_own(adapted, ppo_place, ppo_job, tmp_path, ledger):
     ledger("box.ppo: losses, gradient length and every other number of four steps", "align.ppo on our model", max(abs(a[k] - b[k]) for a, b in zip(ours, theirs) for k in SAYS), 1e-5)
 
 
+def rolled(model, found, config, parts=4):
+    return joined([r for _, r in roll_parts(model, prompts_at(found["prompts"], 8, 0), function_at("town_marks:vowels"), found["template"].tokenizer, config.ppo, 0, parts)], found["template"].tokenizer.pad_id)
+
+
+def test_updates_equal_our_own(ppo_job, ledger):
+    "Updates of five and three answers, two passes, three rows at once: what `align.ppo.learn` says, and the weights that it leaves"
+    from accelerate import Accelerator
+    config, told, weights = ppo_job(ppo=dict(minibatch=5, entropy_coef=.02, missing_eos=.4)), [], []
+    found = check(config)
+    for box in (True, False):
+        model = PolicyAndValue(shared_base(found["place"], config.lora, torch.float32, seed=3))
+        roll, optimizer = rolled(model, found, config), torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        assert len(set(roll.counts.sum(1).tolist())) > 2 and 0 < roll.ended.sum() < 8
+        told.append(learn_together(model, optimizer, roll, config.ppo, .05, 0, 3, Accelerator(cpu=True)) if box else learn(model, optimizer, roll, config.ppo, .05, chance(config.ppo.seed, 0, -1)))
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]))
+    assert told[0]["updates"] == 4
+    ledger("box.ppo: four uneven updates in micro-batches", "align.ppo.learn", max(abs(told[0][k] - told[1][k]) for k in told[1]), 1e-5)
+    assert (weights[0] - weights[1]).abs().max() < 1e-4, "Adam divides by small numbers"
+
+
+def test_parts_do_not_know_their_process(ppo_job):
+    config = ppo_job()
+    found = check(config)
+    model = PolicyAndValue(shared_base(found["place"], config.lora, torch.float32, seed=3))
+    def parts(rank, world): return roll_parts(model, prompts_at(found["prompts"], 8, 0), function_at("town_marks:vowels"), found["template"].tokenizer, config.ppo, 3, 2, rank, world)
+    alone, dealt = dict(parts(0, 1)), dict(parts(0, 3) + parts(1, 3) + parts(2, 3))
+    assert alone.keys() == dealt.keys() == {0, 1, 2, 3}
+    assert all(torch.equal(alone[i].ids, dealt[i].ids) for i in alone)
+    firsts = [s.ids[0] for i in alone for s in alone[i].samples]
+    assert len(set(firsts[::2])) > 1, "parts draw with chances of their own"
+
+
 def test_micro_batches_change_nothing(ppo_job, tmp_path):
     "Parts of two rows against parts of four would draw other answers, so one rollout is learned from twice"
     from accelerate import Accelerator
@@ -57,7 +89,7 @@ def test_micro_batches_change_nothing(ppo_job, tmp_path):
     found, results = check(config), []
     for micro in (8, 3, 1):
         model = PolicyAndValue(shared_base(found["place"], config.lora, torch.float32, seed=3))
-        roll = joined([r for _, r in roll_parts(model, prompts_at(found["prompts"], 8, 0), function_at("town_marks:vowels"), found["template"].tokenizer, config.ppo, 0, 4)])
+        roll = rolled(model, found, config)
         assert len(set(roll.counts.sum(1).tolist())) > 2, "answers of several lengths, or a mean of means would pass"
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         results.append(learn_together(model, optimizer, roll, config.ppo, .05, 0, micro, Accelerator(cpu=True)) | dict(weight=float(sum(p.double().abs().sum() for p in model.parameters() if p.requires_grad))))
@@ -102,7 +134,7 @@ def test_rollout_equals_recomputed(adapted, ppo_job, ledger):
         for name, p in model.named_parameters():
             if "lora_B.policy" in name: p.mul_(-2)
         torch.nn.init.normal_(model.head.out.weight)
-    roll = joined([r for _, r in roll_parts(model, prompts_at(found["prompts"], 8, 0), function_at("town_marks:vowels"), found["template"].tokenizer, config.ppo, 0, 4)], found["template"].tokenizer.pad_id)
+    roll = rolled(model, found, config)
     worst = 0.
     for i, sample in enumerate(roll.samples):
         row, n = torch.tensor([sample.prompt.ids + sample.ids]), len(sample.ids)
@@ -129,14 +161,12 @@ def test_four_bits_survive_a_rollout(ppo_job, ledger):
         for i, (name, p) in enumerate(model.named_parameters()):
             if "lora_B" in name: torch.nn.init.normal_(p, std=.1, generator=torch.Generator().manual_seed(i))
         return model
-    def rolled(model): return joined([r for _, r in roll_parts(model, prompts_at(found["prompts"], 8, 0), function_at("town_marks:vowels"), found["template"].tokenizer, config.ppo, 0, 8)])
     def gradient(model, roll):
-        from llmbench.align.ppo import credit
         share_of_update(model, roll, credit(roll, config.ppo, .05), list(range(8)), int(roll.counts.sum()), config.ppo, 8)
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    roll = rolled(made())
+    roll = rolled(made(), found, config)
     right, model = gradient(made(), roll), made()
-    rolled(model)
+    rolled(model, found, config)
     layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
     assert len(layers) == 14 and not any(m.support_avx512bf16_for_cpu for m in layers)
     ledger("box.ppo: NF4 gradients after a rollout", "without one", (gradient(model, roll) - right).norm()/right.norm(), 1e-6)
