@@ -31,6 +31,7 @@ from ..train.checkpoint import latest
 class BoxPPO:
     "Teach a real model (Hugging Face layout) by reward: PPO on one base that serves as policy, reference and value. Stopped, the same command goes on."
     model:str=""               # folder of a model or of an adapter, or a name on the hub; the reference is what it says now
+    base:str=""                # the adapter's base, where the adapter does not say it right
     prompts:tuple[str, ...]=() # files of prompts (.jsonl): {"prompt": "..."} or {"messages": [...]}; other fields reach the reward
     reward:str=""              # module:function of a list of samples; "tests" (runs each prompt's "tests"); or the folder of a reward model
     method:str="lora"          # lora, or qlora (4-bit base)
@@ -85,7 +86,7 @@ def check(
     "Whatever can be known before the weights are loaded; UserError for what will not work"
     how, new_tokens = how_of(config), config.ppo.sampling.new_tokens
     check_options(config, how.processes*how.nodes)
-    place = locate(config.model)
+    place = locate(config.model, config.base)
     theirs, device = read_config(place), "cpu" if how.cpu else "cuda"
     bare = skeleton(theirs)
     if config.method == "qlora": check_four_bit(device, theirs)
@@ -97,7 +98,8 @@ def check(
     check_reward(config.reward, template, prompts)
     tokens = config.micro*(max(len(p.ids) for p in prompts) + new_tokens)
     need, free = need_of(bare, config.method, config.lora.r, config.lora.targets, tokens, loaded_in(config, how)), free_memory(device)
-    check_memory(need, free, how.processes if how.cpu else 1)
+    try: check_memory(need, free, how.processes if how.cpu else 1)
+    except UserError as e: raise UserError(e.what, e.where, "Try in this order: --method qlora, a smaller --micro, fewer --ppo.sampling.new-tokens, --longest") from e
     return dict(place=place, template=template, prompts=prompts, left=left, need=need, free=free)
 
 # %% ../../nbs/9_box/93_ppo.ipynb #c58bea70

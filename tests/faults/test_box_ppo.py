@@ -168,6 +168,13 @@ def test_reward_models(ppo_place, ppo_job, tmp_path):
     check(ppo_job(reward=judge("right", 1)))
 
 
+def test_too_little_memory(ppo_job, monkeypatch):
+    import llmbench.box.ppo as box
+    monkeypatch.setattr(box, "free_memory", lambda device: 1000)
+    with pytest.raises(UserError) as caught: check(ppo_job())
+    assert "too little memory" in str(caught.value) and "--micro" in str(caught.value) and "--optim" not in str(caught.value)
+
+
 def test_command_line(ppo_place, tmp_path, capsys, ppo_job):
     def wrong(*arguments):
         try: code = main(["ppo", "--box", *map(str, arguments)])
