@@ -159,7 +159,10 @@ ELSEWHERE = dict( # name: (module, options class, function, one line for --help)
     merge=("llmbench.box.merge", "MergeCommand", "do_merge", "add an adapter to its 16-bit base, with the error measured"),
     assets=("llmbench.box.assets", "AssetsCommand", "do_assets", "real models from the package registry"),
 )
-BOX = dict(sft=("llmbench.box.sft", "BoxSFT", "do_sft")) # the same stages on real models: `llmbench STAGE --box`
+BOX = dict( # the same stages on real models: `llmbench STAGE --box`
+    sft=("llmbench.box.sft", "BoxSFT", "do_sft"),
+    ppo=("llmbench.box.ppo", "BoxPPO", "do_ppo"),
+)
 ABOUT = """llmbench: take a language model apart and put it together again
 
   llmbench run       text and conversations to a model that answers, and a report

@@ -280,13 +280,14 @@ def rollout(
     head:nn.Module|None=None, # value head
     old:bool=True,          # score under the policy, too; not needed where each answer is used for a single step
     bf16:bool=False,        # score in bf16, as the updates will; sampling stays in 32 bits
+    draw:Callable=sample_answers, # who samples: takes and gives what `sample_answers` does
 )->Rollout:                 # P*group answers, groups contiguous
     "Sample, mark and score; UserError when a prompt doesn't fit or a mark is missing"
     room = getattr(getattr(model, "config", None), "max_length", None)
     for i, p in enumerate(prompts):
         if not p.ids: raise UserError("an empty prompt", f"prompt {i}", "Begin with at least one token")
         if room and len(p.ids) + sampling.new_tokens > room: raise UserError(f"{len(p.ids)} prompt tokens and {sampling.new_tokens} new ones exceed the model's {room} positions", f"prompt {i}", "Shorten it, or lower Sampling.new_tokens")
-    ids, mask, ended = sample_answers(model, [p.ids for p in prompts], sampling, tokenizer.end_id, tokenizer.pad_id, generator)
+    ids, mask, ended = draw(model, [p.ids for p in prompts], sampling, tokenizer.end_id, tokenizer.pad_id, generator)
     samples = []
     for row, counts, whole, i in zip(ids.cpu(), mask.cpu() > 0, ended.tolist(), range(len(ids))):
         answer = row[counts].tolist()
