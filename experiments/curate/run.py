@@ -23,7 +23,7 @@ from llmbench.text.world import World
 from llmbench.train.loop import Fit, fit
 from llmbench.tune.chat import ChatTemplate
 from llmbench.tune.mixture import class_weights, curriculum, joined, mixture, temperature_shares, weighted
-from llmbench.tune.select import answer_losses, best_of, chance_of_k, expected_best, sampler, spoil
+from llmbench.tune.select import answer_losses, best_of, chance_of_k, expected_best, k_centre, sampler, spoil, tfidf
 from llmbench.tune.sft import SFT, rows_of, sft
 from llmbench.use.evals import ask
 
@@ -66,7 +66,11 @@ def noise(town, seed):
     dirty, what = spoil(town.talks, .5, seed)
     def picked(chosen): return dict(right=town.right(town.taught([dirty[i] for i in chosen], seed=seed)), clean=sum(not what[i] for i in chosen)/len(chosen))
     yield "spoiled 50%, 10% by lot", lambda: picked(tenth)
-    yield "spoiled 50%, 10% of least loss", lambda: picked(answer_losses(town.base, town.rows(dirty)).argsort()[:len(tenth)].tolist())
+    by_loss = answer_losses(town.base, town.rows(dirty)).argsort().tolist()
+    yield "spoiled 50%, 10% of least loss", lambda: picked(by_loss[:len(tenth)])
+    half = by_loss[:len(by_loss)//2]
+    yield "spoiled 50%, half of least loss", lambda: picked(half)
+    yield "spoiled 50%, 10% spread over it", lambda: picked([half[i] for i in k_centre(tfidf([dirty[i]["messages"][0]["content"] for i in half]), len(tenth))[0]])
 
 
 def student(town, seed):
@@ -116,10 +120,11 @@ def harvest(town, seed):
     def trial(kind):
         before = student(town, seed)
         if kind == "forty again": return dict(before=town.right(before), after=town.right(town.taught(few, 60, seed + 1, before)))
-        if kind == "teacher": talks, account = best_of(sampler(town_model("tuned")[0], town.template, 0., 24), texts, lambda i, text: 0.)
+        if kind.startswith("teacher"): talks, account = best_of(sampler(town_model("tuned")[0], town.template, 0., 24), texts, lambda i, text: 0.)
         else: talks, account = best_of(sampler(before, town.template, 1., 24, seed), texts, lambda i, text: town.world.grade(practice[i], text) if kind == "marked" else 1., 4 if kind == "marked" else 1, 1.)
+        for t in talks if "stripped" in kind else []: t["messages"][1]["content"] = t["messages"][1]["content"].strip()
         return dict(before=town.right(before), after=town.right(town.taught(talks, 60, seed + 1, before)), **account)
-    for kind in ("forty again", "marked", "unmarked", "teacher"): yield kind, lambda kind=kind: trial(kind)
+    for kind in ("forty again", "marked", "unmarked", "teacher", "teacher, first space stripped"): yield kind, lambda kind=kind: trial(kind)
 
 
 def order(town, seed):

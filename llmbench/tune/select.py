@@ -38,7 +38,7 @@ def chance_of_k(
     "1 - (1 - p)^k, exact for small p too"
     return 1. if p >= 1 else -math.expm1(k*math.log1p(-p))
 
-# %% ../../nbs/4_tune/44b_select.ipynb #6d04cdd8
+# %% ../../nbs/4_tune/44b_select.ipynb #c44ce1dc
 def sampler(
     model:nn.Module,       # ours or one of transformers
     template:ChatTemplate, # the one that it was tuned with
@@ -46,7 +46,7 @@ def sampler(
     max_new_tokens:int=32, # a longer answer is cut
     seed:int=0,            # of the draws; the second call goes on where the first stopped
     batch:int=64,          # prompts at a time
-)->Callable:               # list of prompts -> list of answers, in their order
+)->Callable:               # list of prompts -> list of answers, in their order, spaces as they were written
     "A model as a function from texts to texts"
     tokenizer, chance, where = template.tokenizer, torch.Generator().manual_seed(seed), next(model.parameters()).device
     def answer(prompts):
@@ -55,7 +55,7 @@ def sampler(
             given = pad([(ids, [1]*len(ids)) for ids in some], pad_id=tokenizer.pad_id, side="left")
             out = generate(model, given.ids.to(where), max_new_tokens, temperature, eos_id=tokenizer.end_id, generator=chance, mask=(given.segments > 0).to(where), pad_id=tokenizer.pad_id)
             for new in out[:, given.ids.shape[1]:].tolist():
-                said.append(tokenizer.decode(new[:new.index(tokenizer.end_id)] if tokenizer.end_id in new else new).strip())
+                said.append(tokenizer.decode(new[:new.index(tokenizer.end_id)] if tokenizer.end_id in new else new))
         return said
     return answer
 
@@ -133,7 +133,7 @@ def instruction_difficulty(
     "Loss of the answer with its question over the loss without it (IFD, arXiv:2308.12032, eq. 4)"
     return answer_losses(model, rows)/answer_losses(model, without_prompt(rows, bos_id))
 
-# %% ../../nbs/4_tune/44b_select.ipynb #b2e268f5
+# %% ../../nbs/4_tune/44b_select.ipynb #e66c8fe5
 def tfidf(
     texts:list[str], # documents; a Chinese character is a word
 )->Tensor:           # (N,V) rows of length 1 (of length 0 for a text without a word)
@@ -143,7 +143,7 @@ def tfidf(
     table = torch.zeros(len(texts), max(1, len(place)), dtype=torch.float64)
     for row, c in zip(table, counts):
         for w, n in c.items(): row[place[w]] = n
-    seen = (table > 0).sum(0)
+    seen = (table > 0).double().sum(0)
     table = table*(((1 + len(texts))/(1 + seen)).log() + 1)
     return table/table.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
