@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BUSY', 'content_of', 'Endpoint', 'own_model', 'GrowCommand', 'do_grow']
 
-# %% ../../nbs/8_bench/87_grow.ipynb #0f03dcef
-import http.client, json, os, time
+# %% ../../nbs/8_bench/87_grow.ipynb #27464a0b
+import http.client, json, os, re, time
 import urllib.error, urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,17 +19,17 @@ from ..tune.chat import ChatTemplate
 from ..tune.curate import Grow, Journal, grow, read_tasks
 from ..tune.select import sampler
 
-# %% ../../nbs/8_bench/87_grow.ipynb #e091bce9
+# %% ../../nbs/8_bench/87_grow.ipynb #a0f006e0
 BUSY = {408, 409, 425, 429}
 
 def content_of(
     data:bytes, # what a server replied
 )->str:         # the text of the first choice
-    "The assistant's words in a chat completion; ValueError when it is none"
+    "The assistant's words in a chat completion, without what it thought aloud; ValueError when it is none"
     try: said = json.loads(data)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError) as e: raise ValueError(f"the reply is no chat completion: {data[:80].decode('utf-8', 'replace')!r}") from e
     if not isinstance(said, str): raise ValueError(f"the reply holds no text: {str(said)[:80]}")
-    return said
+    return re.sub(r"^\s*<think>.*?(</think>|$)", "", said, flags=re.DOTALL)
 
 class _Stay(urllib.request.HTTPRedirectHandler):
     "A redirect is an error: followed, it would carry the key to another server"
