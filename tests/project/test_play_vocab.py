@@ -18,4 +18,4 @@ def test_own_text_and_single_characters():
     assert "龘靐" in own.pieces(range(600, own.vocab_size)) and "龘靐" not in expanded("龘靐龘靐\n龘靐", 20, False).pieces(range(600, expanded("龘靐龘靐\n龘靐", 20, False).vocab_size))
     panel = vocabulary_explorer("铜钱")
     assert "0 new tokens" in panel.redraw(extra=0) and "no text" in panel.redraw(text="")
-    assert "&lt;b&gt;" in panel.redraw(text="x", learn="<b><b><b>\n<b><b>", extra=50), "own text is shown, not run"
+    assert "&gt;&lt;" in panel.redraw(text="x", learn="<b><b><b>\n<b><b>", extra=50), "own text is shown, not run"
