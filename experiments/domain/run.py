@@ -1,7 +1,7 @@
 """From town to shop in three steps: python experiments/domain/run.py [--seeds 3] [--folder runs] [--table]
 
 Each seed is another town with its own base and tuned model (the default chain, trained first where it isn't there yet). From both of them: continued pre-training on the
-shop's documents, supervised tuning on half of the wares, preference tuning on manners; after each step the domain exam (other wares) and the general exam (people), English and Chinese.
+shop's documents, supervised tuning on half of the wares, preference tuning on manners (240, 160 and 30 steps); after each step the domain exam (other wares) and the general exam (people), English and Chinese.
 Writes experiments/domain/results.json row by row; a stopped run goes on. --table prints what stands there."""
 import argparse
 import json
@@ -65,7 +65,7 @@ def main(seeds, folder):
         print(f"town {seed}: {len(exam.practice)} questions practised, {len(exam.test)} examined, {exam.judged} of them searched for, {exam.leaked} leaks", flush=True)
         for start, (model, template) in models(seed, folder).items():
             found[start] = {}
-            for step, marks, _ in course(model, template, world, exam, Domain(seed=seed)):
+            for step, marks, _ in course(model, template, world, exam, Domain(read=240, practise=160, batch=32, seed=seed)):
                 found[start][step] = marks
                 print(f"town {seed}, {start}, {step}: " + ", ".join(f"{k} {marks[k]['value']:.3f}" for k in COLUMNS), flush=True)
         results[str(seed)] = found
