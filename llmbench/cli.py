@@ -270,6 +270,7 @@ COMMANDS = dict(run=(RunCommand, do_run), pretrain=(RunCommand, lambda c: do_run
 ELSEWHERE = dict( # name: (module, options class, function, one line for --help); imported when called
     data=("llmbench.bench.data", "DataCommand", "do_data", "clean, de-duplicate and check training text"),
     forget=("llmbench.bench.forget", "ForgetCommand", "do_forget", "what a new lesson costs, and which remedy saves most"),
+    grow=("llmbench.bench.grow", "GrowCommand", "do_grow", "a few written tasks become many: self-instruct with a server or a model of yours"),
     memory=("llmbench.bench.memory", "MemoryCommand", "do_memory", "what a training step needs, and which cards it fits"),
     merge=("llmbench.box.merge", "MergeCommand", "do_merge", "add an adapter to its 16-bit base, with the error measured"),
     assets=("llmbench.box.assets", "AssetsCommand", "do_assets", "real models from the package registry"),
