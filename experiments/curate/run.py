@@ -175,6 +175,10 @@ def table(results):
             for share in SHARES:
                 m, h = interval([s["clean 10%"]["right"] - s[f"spoiled {share:.0%} of 100%"]["right"] for s in seeds.values()])
                 print(f"  clean 10 % less 100 % with {share:.0%} spoiled: {100*m:+.1f} ± {100*h:.1f} points")
+        if part == "mixtures":
+            for name in ("T = 3", "T = inf", "T = 1, class weights"):
+                told = {task: interval([s[name][task] - s["T = 1"][task] for s in seeds.values()]) for task in ("zh", "en")}
+                print(f"  {name} less T = 1: " + ", ".join(f"{task} {100*m:+.1f} ± {100*h:.1f} points" for task, (m, h) in told.items()))
 
 
 def main(parts, seeds):

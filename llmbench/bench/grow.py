@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BUSY', 'content_of', 'Endpoint', 'own_model', 'GrowCommand', 'do_grow']
 
-# %% ../../nbs/8_bench/87_grow.ipynb #0f03dcef
-import http.client, json, os, time
+# %% ../../nbs/8_bench/87_grow.ipynb #27464a0b
+import http.client, json, os, re, time
 import urllib.error, urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,17 +19,21 @@ from ..tune.chat import ChatTemplate
 from ..tune.curate import Grow, Journal, grow, read_tasks
 from ..tune.select import sampler
 
-# %% ../../nbs/8_bench/87_grow.ipynb #422b51e8
+# %% ../../nbs/8_bench/87_grow.ipynb #a0f006e0
 BUSY = {408, 409, 425, 429}
 
 def content_of(
     data:bytes, # what a server replied
 )->str:         # the text of the first choice
-    "The assistant's words in a chat completion; ValueError when it is none"
+    "The assistant's words in a chat completion, without what it thought aloud; ValueError when it is none"
     try: said = json.loads(data)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError) as e: raise ValueError(f"the reply is no chat completion: {data[:80].decode('utf-8', 'replace')!r}") from e
     if not isinstance(said, str): raise ValueError(f"the reply holds no text: {str(said)[:80]}")
-    return said
+    return re.sub(r"^\s*<think>.*?(</think>|$)", "", said, flags=re.DOTALL)
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    "A redirect is an error: followed, it would carry the key to another server"
+    def redirect_request(self, *args): return None
 
 @dataclass
 class Endpoint:
@@ -53,11 +57,12 @@ class Endpoint:
         "Ask; UserError when the server is down, wrong, or talks nonsense"
         body = json.dumps(dict(model=self.model, messages=[dict(role="user", content=prompt)], temperature=self.temperature, max_tokens=self.max_tokens)).encode()
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        server = urllib.request.build_opener(_Stay)
         for tried in range(self.retries + 1):
             self.calls += 1
             wait = min(60., self.pause*2**tried)
             try:
-                with urllib.request.urlopen(urllib.request.Request(f"{self.url}/chat/completions", body, headers), timeout=self.timeout) as reply: return content_of(reply.read())
+                with server.open(urllib.request.Request(f"{self.url}/chat/completions", body, headers), timeout=self.timeout) as reply: return content_of(reply.read())
             except urllib.error.HTTPError as e:
                 said = e.read(300).decode("utf-8", "replace")
                 if e.code not in BUSY and e.code < 500: raise self._wrong(e.code, said) from None
@@ -67,7 +72,7 @@ class Endpoint:
             if tried < self.retries: time.sleep(wait)
         raise UserError(f"no usable reply in {self.retries + 1} tries; the last: {trouble}", self.url, "Is the server running, and is this its address? What was grown is safe: call again and it goes on")
     def _wrong(self, code, said):
-        mend = {401: "Put the key into the environment variable that --key names", 403: "This key may not use that model", 404: "Check --url (it ends in /v1) and --model"}.get(code, "The server does not take this request")
+        mend = {401: "Put the key into the environment variable that --key names", 403: "This key may not use that model", 404: "Check --url (it ends in /v1) and --model"}.get(code, "It moved: give its new address" if code < 400 else "The server does not take this request")
         return UserError(f"the server refuses, status {code}: {said.replace(self.key, '***') if self.key else said}", self.url, mend)
 
 def _seconds(text, otherwise):
@@ -92,7 +97,7 @@ def own_model(
         return answer([prompt])[0]
     return ask
 
-# %% ../../nbs/8_bench/87_grow.ipynb #4aff1ba2
+# %% ../../nbs/8_bench/87_grow.ipynb #719f72cb
 @dataclass(frozen=True)
 class GrowCommand:
     "Self-instruct: a few written tasks become many, by a model behind an OpenAI-compatible endpoint or a model of a run. Interrupted, the same command goes on. OUT is training data: llmbench sft --chat OUT."
@@ -100,7 +105,7 @@ class GrowCommand:
     out:str="grown.jsonl"    # the grown tasks; OUT.dropped.jsonl gets the others, with reasons
     url:str=""               # of the server, as far as /v1
     model:str=""             # the server's name of the model; without --url the folder of a model of ours
-    key:str="OPENAI_API_KEY" # environment variable that holds the key, if the server wants one
+    key:str=""               # NAME of the environment variable that holds the key, if the server wants one
     want:int=50              # tasks to grow
     shown:int=8              # tasks in a prompt
     threshold:float=.7       # ROUGE-L from which a proposal repeats another task
@@ -118,8 +123,9 @@ def do_grow(
     if not c.seeds: raise UserError("no file of seed tasks is named", "llmbench grow", "For example: llmbench grow seeds.jsonl --url http://localhost:8000/v1 --model NAME")
     if not c.model: raise UserError("no model is named", "--model", "Name the server's model, or give the folder of a model of yours")
     if c.want < 1 or c.shown < 1 or not 0 < c.threshold <= 1: raise UserError(f"want {c.want}, shown {c.shown}, threshold {c.threshold:g}", "llmbench grow", "Counts are 1 or more, the threshold above 0 and at most 1")
+    if c.key and not os.environ.get(c.key): raise UserError("no environment variable of that name is set", "--key", "Name the variable that holds the key, not the key itself: export MY_KEY=..., --key MY_KEY")
     seeds = read_tasks(c.seeds)
-    ask = Endpoint(c.url, c.model, os.environ.get(c.key, ""), c.temperature, c.max_tokens, c.timeout, c.retries) if c.url else own_model(c.model, c.temperature, c.max_tokens, c.seed)
+    ask = Endpoint(c.url, c.model, os.environ[c.key] if c.key else "", c.temperature, c.max_tokens, c.timeout, c.retries) if c.url else own_model(c.model, c.temperature, c.max_tokens, c.seed)
     before = len(Journal(c.out).rows["kept"])
     print(f"{len(seeds)} seeds, {before} grown before, {c.want} wanted")
     kept = before

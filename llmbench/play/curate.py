@@ -68,7 +68,7 @@ def best_of_explorer()->Panel: # shows itself
                  spread=widgets.FloatSlider(.4, min=0, max=.96, step=.04, description="spread over questions"),
                  n=widgets.IntSlider(16, min=2, max=64, description="answers drawn (n)"), seed=widgets.IntSlider(0, min=0, max=20, description="seed"))
 
-# %% ../../nbs/7_play/74d_curate.ipynb #fa4a543d
+# %% ../../nbs/7_play/74d_curate.ipynb #2d4daa5f
 def sizes_of(
     text:str, # "english 400, chinese 20"
 )->dict[str, float]: # rows of each source
@@ -99,13 +99,13 @@ def mixture_explorer(
         left.barh([y + .2 for y in places], shares, height=.36, color=COLOURS["trained"], label="drawn")
         left.set(yticks=list(places), yticklabels=names, xlabel="share of the rows", xlim=(0, 1))
         left.invert_yaxis()
-        left.legend(frameon=False, fontsize=8)
+        left.legend(frameon=False, fontsize=8, loc="lower right")
         right.barh(list(places), epochs, height=.6, color=[COLOURS["rejected"] if e > 4 else COLOURS["chosen"] for e in epochs])
         right.axvline(4, color=INK, linestyle=":")
         right.set(yticks=list(places), yticklabels=[f"{e:.2g}" if e < 100 else f"{e:.0f}" for e in epochs], xscale="log", xlim=(min(.01, *epochs, 1), max(10., *epochs)*1.5), xlabel="epochs (dotted: 4)")
         right.invert_yaxis()
         return dict(zip(names, zip(shares, epochs)))
     return Panel(draw, size=(8.4, 3.), text=widgets.Text(sources, description="sources", continuous_update=False),
-                 temperature=widgets.FloatSlider(1., min=.5, max=10, step=.25, description="temperature (10: infinite)"),
+                 temperature=widgets.FloatSlider(2., min=.5, max=10, step=.25, description="temperature (10: infinite)"),
                  limit=widgets.FloatSlider(6., min=1, max=6, step=.25, description="limit K (powers of ten, 6: none)"),
                  draws=widgets.IntSlider(20000, min=1000, max=100000, step=1000, description="rows drawn"))

@@ -74,7 +74,7 @@ def read_tasks(
         tasks.append(Task(row["instruction"].strip(), (first.get("input") or "").strip(), (first.get("output") or "").strip(), row.get("is_classification")))
     return tasks
 
-# %% ../../nbs/4_tune/44_curate.ipynb #3e4cf02c
+# %% ../../nbs/4_tune/44_curate.ipynb #a2048237
 def list_prompt(
     tasks:list[Task], # examples
 )->str:               # ends with the next number
@@ -86,8 +86,9 @@ def read_list(
     text:str, # what a model wrote behind `list_prompt`
 )->list[str]: # tasks, without numbers; a last one that breaks off is marked with an ellipsis
     "The items of a numbered list; lines that belong to no item are ignored, those behind an item are part of it"
-    items = []
-    for i, line in enumerate(text.strip().splitlines()):
+    items, lines = [], text.strip().splitlines()
+    if len(lines) > 1 and lines[0].rstrip().endswith((":", "：")): lines = lines[1:] # "Sure! Here are some more:"
+    for i, line in enumerate(lines):
         found = re.match(r"\s*(?:\**\d+\s*[.)．、:：]\**|[-*•])\s*(.*)", line)
         if found or not i: items.append((found[1] if found else line).strip())
         elif items and line.strip() and line[:1].isspace(): items[-1] += " " + line.strip()

@@ -63,13 +63,13 @@ def test_busy_servers_are_asked_again(server, trouble):
     with pytest.raises(UserError, match="no usable reply in 2 tries.*Is the server running"): Endpoint(server.url, "m", retries=1, pause=.01)("hello")
 
 
-@pytest.mark.parametrize("status, words", [(400, "does not take"), (401, "--key"), (403, "may not use"), (404, "--model"), (422, "does not take")])
+@pytest.mark.parametrize("status, words", [(400, "does not take"), (401, "--key"), (403, "may not use"), (404, "--model"), (422, "does not take"), (302, "It moved"), (307, "It moved")])
 def test_wrong_requests_are_not_repeated(server, status, words):
-    server.script.append((status, b"no: sk-123", {}))
+    server.script.append((status, b"no: sk-123", {"Location": f"{server.url}/elsewhere"} if status < 400 else {}))
     endpoint = Endpoint(server.url, "m", key="sk-123", retries=5, pause=.01)
     with pytest.raises(UserError, match=words) as told: endpoint("hello")
     assert endpoint.calls == 1 and "sk-123" not in str(told.value) and "sk-123" not in repr(endpoint)
-    assert server.seen[-1]["key"] == "Bearer sk-123"
+    assert server.seen[-1]["key"] == "Bearer sk-123" and len(server.seen) == 1
 
 
 def test_nobody_there_and_nobody_in_time(server):
@@ -101,6 +101,7 @@ def test_a_server_dies_and_comes_back(server, tmp_path):
 def test_command(tmp_path, capsys):
     assert main(["grow"]) == 2 and "no file of seed tasks" in capsys.readouterr().err
     assert main(["grow", "absent.jsonl", "--model", "m", "--url", "http://x/v1"]) == 2 and "cannot read" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no environment variable of that name"): do_grow(GrowCommand("s", url="http://x", model="m", key="sk-secret"))
     with pytest.raises(UserError, match="threshold 0"): do_grow(GrowCommand("s", model="m", threshold=0))
     with pytest.raises(UserError, match="no model here"): own_model(tmp_path)
     with pytest.raises(SystemExit): main(["grow", "--help"])
@@ -147,6 +148,6 @@ def test_widgets_say_what_is_wrong():
     panel = mixture_explorer()
     for text in ("", "a", "a -3", "a 1, a 2", "a inf"):
         with pytest.raises(UserError): panel.redraw(text=text)
-    assert panel.redraw(text="a 10，b 30")["b"][0] == pytest.approx(.75)
+    assert panel.redraw(text="a 10，b 30", temperature=1.)["b"][0] == pytest.approx(.75)
     curves = best_of_explorer().redraw(n=4, spread=0.)
     assert [k for k, _ in curves["unbiased"]] == [1, 2, 4]

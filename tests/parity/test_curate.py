@@ -301,7 +301,7 @@ def test_weights_equal_copies(ledger):
         loss = batch_loss(model, batch)
         loss.backward()
         found.append(torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters())]))
-    ledger("weighted rows, loss and gradient", "the same rows copied", float((found[0] - found[1]).abs().max()), 1e-6)
+    ledger("weighted rows, loss and gradient", "the same rows copied", float((found[0] - found[1]).abs().max()), 5e-6)
     off = batch_loss(model, pad(weighted(rows, [1, 0, 1])))
     assert off.item() == pytest.approx(batch_loss(model, pad([rows[0], rows[2]])).item(), abs=1e-6)
     assert batch_loss(model, pad(weighted(rows, [.2, .3, .1]))).item() == pytest.approx(found[0][0].item(), abs=1e-6), "only the ratios of weights count"
