@@ -120,13 +120,13 @@ def examine(
     answers = ask(model.eval(), template, [q.text for q in exam.test], 32, 128)
     return domain_marks(world, exam.test, answers) | general_marks(model, template, world, lang, every)
 
-# %% ../../nbs/8_bench/88_domain.ipynb #ce4777eb
+# %% ../../nbs/8_bench/88_domain.ipynb #7c475b4a
 @dataclass(frozen=True)
 class Domain:
     "How a general model becomes a domain model; the defaults suit the shop and a model of a million parameters"
-    read:int=120            # steps of continued pre-training
-    practise:int=120        # steps of supervised tuning
-    please:int=40           # steps of preference tuning
+    read:int=80             # steps of continued pre-training
+    practise:int=80         # steps of supervised tuning
+    please:int=30           # steps of preference tuning
     batch:int=24            # rows a step
     length:int=96           # tokens a row
     replay:float=.25        # share of a batch that is old: town, and people's conversations

@@ -33,7 +33,7 @@ def test_fewer_tokens_than_asked_for_when_the_pairs_run_out():
 
 def test_rows():
     with pytest.raises(UserError, match="another id"): pieces_of(OLD, BPE.train(["an owl"], 270))
-    with pytest.raises(UserError, match="another id"): expand_model(model(280), NEW, OLD)
+    with pytest.raises(UserError, match="another id"): expand_model(model(300), NEW, OLD)
     with pytest.raises(UserError, match="pieces, mean or random"): new_rows(torch.ones(3, 2), {3: [0]}, "zeros")
     with pytest.raises(UserError, match="the tokenizer has .* ids, the model 200 rows"): expand_model(model(200), OLD, NEW)
     with pytest.raises(UserError, match="new, rows, all"): train_rows(model(280), 280, "some")
