@@ -68,7 +68,7 @@ def best_of_explorer()->Panel: # shows itself
                  spread=widgets.FloatSlider(.4, min=0, max=.96, step=.04, description="spread over questions"),
                  n=widgets.IntSlider(16, min=2, max=64, description="answers drawn (n)"), seed=widgets.IntSlider(0, min=0, max=20, description="seed"))
 
-# %% ../../nbs/7_play/74d_curate.ipynb #2d4daa5f
+# %% ../../nbs/7_play/74d_curate.ipynb #9322fa8c
 def sizes_of(
     text:str, # "english 400, chinese 20"
 )->dict[str, float]: # rows of each source
@@ -107,5 +107,5 @@ def mixture_explorer(
         return dict(zip(names, zip(shares, epochs)))
     return Panel(draw, size=(8.4, 3.), text=widgets.Text(sources, description="sources", continuous_update=False),
                  temperature=widgets.FloatSlider(2., min=.5, max=10, step=.25, description="temperature (10: infinite)"),
-                 limit=widgets.FloatSlider(6., min=1, max=6, step=.25, description="limit K (powers of ten, 6: none)"),
+                 limit=widgets.FloatSlider(6., min=1, max=6, step=.25, description="limit 10^ (6: none)"),
                  draws=widgets.IntSlider(20000, min=1000, max=100000, step=1000, description="rows drawn"))

@@ -19,11 +19,10 @@ def speaker(folder, seed=0):
     return ask
 
 
-def test_a_real_model_grows_tasks(smollm2, data, tmp_path):
+def test_a_real_model_in_the_loop(smollm2, data, tmp_path):
+    "Two rounds: whatever it says, every proposal has a verdict, and what is kept is training data"
     torch.set_num_threads(1)
-    seeds = read_tasks(data/"self_instruct_seeds.jsonl")
-    verdicts = list(grow(seeds, speaker(smollm2), tmp_path/"grown.jsonl", Grow(want=2, patience=12)))
-    account = Journal(tmp_path/"grown.jsonl").account()
-    assert account.balanced() and account.kept == 2 and account.read == len(verdicts)
-    kept = [v for v in verdicts if "reason" not in v]
-    assert all(v["alike"] < .7 and v["output"] for v in kept) and len(read_conversations(tmp_path/"grown.jsonl")) == 2
+    verdicts = list(grow(read_tasks(data/"self_instruct_seeds.jsonl"), speaker(smollm2), tmp_path/"grown.jsonl", Grow(want=1, rounds=2)))
+    account, kept = Journal(tmp_path/"grown.jsonl").account(), [v for v in verdicts if "reason" not in v]
+    assert account.balanced() and account.read == len(verdicts) >= 1 and account.kept == len(kept)
+    assert all(v["alike"] < .7 and v["output"] for v in kept) and (not kept or len(read_conversations(tmp_path/"grown.jsonl")) == len(kept))

@@ -14,7 +14,7 @@ from llmbench.model.transformer import Config, Transformer
 from llmbench.text.batch import pad
 from llmbench.text.quality import words
 from llmbench.train.loop import batch_loss
-from llmbench.tune.curate import Grow, Journal, Task, fault, grow, kind_prompt, lcs_length, list_prompt, nearest, read_instance, read_list, read_tasks, rouge_l, says_yes
+from llmbench.tune.curate import Grow, Journal, Task, fault, grow, instance_prompt, kind_prompt, lcs_length, list_prompt, nearest, read_instance, read_list, read_tasks, rouge_l, says_yes
 from llmbench.tune.formats import read_conversations
 from llmbench.tune.mixture import class_weights, competence, curriculum, mixture, rows_at, stratified, temperature_shares, weighted
 from llmbench.tune.select import answer_losses, best_of, chance_of_k, expected_best, instruction_difficulty, k_centre, spoil, tfidf, without_prompt
@@ -98,7 +98,7 @@ def test_a_list_that_was_asked_for_is_read_back():
     assert read_list(" First one.\n\n7、第二个任务。\n**8.** Third: say\n   it twice.\n- Fourth!\nThat was all I have.\n11. Breaks of") == ["First one.", "第二个任务。", "Third: say it twice.", "Fourth!", "Breaks of…"]
 
 
-@pytest.mark.parametrize("said, why", [("Sort these.", "too short"), ("word "*151, "too long"), ("+ add the numbers up now", "begins with a sign"), ("Write a Python program that sorts numbers.", "wants a program"),
+@pytest.mark.parametrize("said, why", [("Sort the words.", "too short"), ("Sort the three words.", ""), ("写首诗", "too short"), ("写一首诗", ""), ("word "*151, "too long"), ("+ add the numbers up now", "begins with a sign"), ("Write a Python program that sorts numbers.", "wants a program"),
                                        ("Describe the picture in one sentence.", "needs more than text"), ("画一只正在睡觉的猫。", "needs more than text"), ("Tell me a story about a mi…", "unfinished"), ("Write about the town's mapping of words.", "")])
 def test_rules(said, why): assert fault(said, [])[0] == why
 
@@ -117,6 +117,9 @@ def test_replies():
     assert read_instance("Output: a\nInput: N/A", False) == ("", "a")
     assert read_instance("Input: a\nOutput:", False) is None and read_instance("a\nb", True) is None
     assert "Answer: yes" in kind_prompt("x", [Task("y", classification=True)])
+    for label_first, order in ((True, ("Output: out", "Input: in")), (False, ("Input: in", "Output: out"))):
+        asked = instance_prompt("x", label_first, [Task("y", "in", "out")])
+        assert asked.index(order[0]) < asked.index(order[1]) and asked.endswith(order[0].split()[0])
 
 
 # the loop
