@@ -272,7 +272,13 @@ ELSEWHERE = dict( # name: (module, options class, function, one line for --help)
     merge=("llmbench.box.merge", "MergeCommand", "do_merge", "add an adapter to its 16-bit base, with the error measured"),
     assets=("llmbench.box.assets", "AssetsCommand", "do_assets", "real models from the package registry"),
 )
-BOX = dict(sft=("llmbench.box.sft", "BoxSFT", "do_sft")) # the same stages on real models: `llmbench STAGE --box`
+BOX = dict( # stages on real models: `llmbench STAGE --box`
+    sft=("llmbench.box.sft", "BoxSFT", "do_sft"),
+    reward=("llmbench.box.prefer", "BoxReward", "do_prefer"),
+    dpo=("llmbench.box.prefer", "BoxDPO", "do_prefer"),
+    kto=("llmbench.box.prefer", "BoxKTO", "do_prefer"),
+    grpo=("llmbench.box.prefer", "BoxGRPO", "do_prefer"),
+)
 ABOUT = """llmbench: take a language model apart and put it together again
 
   llmbench run       text and conversations to a model that answers, and a report
@@ -285,7 +291,7 @@ ABOUT = """llmbench: take a language model apart and put it together again
   llmbench doctor    what can this machine do?
 
 llmbench COMMAND --help shows every option with its default.
-llmbench sft --box tunes a real model, on one GPU or many: llmbench sft --box --help."""
+llmbench sft --box tunes a real model, on one GPU or many: llmbench sft --box --help. So do reward, dpo, kto and grpo --box."""
 
 def find_command(
     name:str,       # what was typed
@@ -294,6 +300,7 @@ def find_command(
     "A command's options and its work; UserError names those that there are"
     if box and name not in BOX: raise UserError(f"{name!r} has no --box; {', '.join(BOX)} {'have' if len(BOX) > 1 else 'has'}")
     if name in COMMANDS and not box: return COMMANDS[name]
+    if not box and name in BOX: raise UserError(f"{name!r} works on real models only", mend=f"llmbench {name} --box --help")
     if not box and name not in ELSEWHERE: raise UserError(f"no command {name!r}; there are {', '.join([*COMMANDS, *ELSEWHERE])}")
     module, kind, work, *_ = BOX[name] if box else ELSEWHERE[name]
     module = importlib.import_module(module)

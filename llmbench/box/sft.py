@@ -72,7 +72,6 @@ class BoxSFT:
     "Fine-tune a real model (Hugging Face layout) on conversations, with TRL, PEFT and bitsandbytes. Stopped, the same command goes on."
     stage:ClassVar[str] = "sft"  # its folder in the run
     files:ClassVar[str] = "chat" # the field that names its files
-    width:ClassVar[int] = 1      # rows that go through the model for each row of a batch
     model:str=""               # folder of a model, or its name on the hub
     chat:tuple[str, ...]=()    # files of conversations (Alpaca, ShareGPT, messages, prompt/completion; .json .jsonl .csv .parquet)
     method:str="lora"          # full, lora, or qlora (4-bit base)
@@ -148,7 +147,7 @@ def check_model(
     limit = getattr(theirs, "max_position_embeddings", None)
     if limit and config.data.length > limit: raise UserError(f"rows of {config.data.length} tokens, but the model was made for {limit}", "--data.length", f"At most {limit}")
     shards = how.processes*how.nodes if how.sharding == "fsdp2" else 1
-    need = need_of(bare, config.method, config.lora.r, config.lora.targets, config.width*o.micro*config.data.length, loaded_in(config, how), shards, o.checkpointing)
+    need = need_of(bare, config.method, config.lora.r, config.lora.targets, o.micro*config.data.length, loaded_in(config, how), shards, o.checkpointing)
     free = free_memory(device)
     check_memory(need, free, how.processes if how.cpu else 1)
     return dict(place=place, template=load_template(place), need=need, free=free, skeleton=bare)
