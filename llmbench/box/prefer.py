@@ -162,7 +162,6 @@ LOSSES = dict(dpo=("sigmoid", "ipo", "hinge", "robust"), grpo=("dapo", "grpo", "
 def asked(
     config:BoxGRPO, # prompts, reward, draw, data, seed
     template,       # of the model
-    device:str="cpu", # of a reward model
 )->tuple[list, list, Account]: # prompts to learn from, held-out ones, and what became of the rows
     "Prompts of both parts; UserError when the rewards cannot mark them"
     d = config.draw
@@ -173,7 +172,7 @@ def asked(
     prompts, account = prompts_for(config.prompts, template, config.data.length - d.new_tokens)
     if not config.reward: raise UserError("no reward named", "--reward", "For example: number, match:REGEX, module:function, or the folder of a reward model")
     for name in config.reward:
-        reward_of(name, template, device)
+        reward_of(name, template)
         bare = next((p for p in prompts if p.task["answer"] is None), None)
         if name in NEEDS_ANSWER and bare: raise UserError(f"no answer that {name} could compare with", bare.task["where"], "Add the field answer, or choose another --reward")
     keys = [str(p.ids) for p in prompts]

@@ -124,7 +124,7 @@ def test_a_reward_model_rewards(alone, tmp_path):
     template = check(jobs["dpo"])["template"]
     pairs = check(jobs["dpo"])["valid"]
     for method in ("full", "lora"):
-        mark = reward_of(str(home/method/"reward"/"model"), template)
+        mark = reward_of(str(home/method/"reward"/"model"), template, "cpu")
         samples = [[sampled(Prompt(ids[:mask.index(1)]), ids[mask.index(1):], template) for ids, mask in (pair[i] for pair in pairs)] for i in (0, 1)]
         margins = np.array(mark(samples[0])) - np.array(mark(samples[1]))
         assert margins.mean() == pytest.approx(read_json(home/method/"reward"/"scores.json")[1]["mean"], abs=1e-4)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent.parent
 ROWS = ["core", "text", "model", "train", "tune", "align", "use", "play", "bench", "box", "cli"]
 BESIDE = ("theme", "show", "panel")  # stand beside the rows and know none of them but core
 MODULES = sorted(p for p in (ROOT/"llmbench").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
-LONGER = {"cli": 450, "practice": 400, "box": 340, "bench": 340}  # lists rather than stages: options and help of each command, a check for each exercise of a part, refusals by name
+LONGER = {"cli": 450, "practice": 400, "box": 390, "bench": 340}  # lists rather than stages: options and help of each command, a check for each exercise of a part, refusals by name
 FOREIGN = {"transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets"}
 
 
