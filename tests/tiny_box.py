@@ -36,7 +36,8 @@ def lines(path, rows):
 def make_jobs(home, **change):
     "Stage: job, eight steps each"
     make_model(home/"tiny")
+    (home/"rule.py").write_text("def even(samples): return [sum(i % 2 == 0 for i in s.ids)/len(s.ids) for s in samples]\n")
     optim = Optim(steps=8, batch=8, micro=2, lr=1e-2, warmup=2, schedule="constant")
     common = dict(model=str(home/"tiny"), folder=str(home), data=Answers(128, .1), lora=Lora(r=8), optim=optim, save=Save(every=4, valid_every=4), launch=Launch(1, cpu=True)) | change
     return dict(reward=BoxReward(pairs=lines(home/"pairs.jsonl", PAIRS), **common), dpo=BoxDPO(pairs=lines(home/"pairs.jsonl", PAIRS), **common), kto=BoxKTO(chat=lines(home/"labels.jsonl", LABELS), **common),
-                grpo=BoxGRPO(prompts=lines(home/"asks.jsonl", ASKS), reward=("ended", "short:4"), draw=Drawing(4, 12, 1.2), **common | dict(optim=replace(optim, batch=16, micro=4))))
+                grpo=BoxGRPO(prompts=lines(home/"asks.jsonl", ASKS), reward=(f"{home/'rule.py'}:even", "ended"), draw=Drawing(4, 12, 1.2), **common | dict(optim=replace(optim, batch=16, micro=4))))

@@ -47,7 +47,7 @@ def answer_logps(model, rows):
 def test_rows_are_those_of_align(jobs):
     trainer, found = made(jobs["dpo"])
     ours, account = pair_rows(PAIRS, ChatTemplate.load(jobs["dpo"].model), 128)
-    assert all(pair in ours for pair in found["rows"] + found["valid"]) and len(found["rows"]) + len(found["valid"]) == 40 and "36" in str(found["account"]).split("\n")[0]
+    assert all(pair in ours for pair in found["rows"] + found["valid"]) and len(found["rows"]) + len(found["valid"]) == 40 and f"{len(found['rows'])} kept" in str(found["account"])
     batch, mine = batch_of(trainer, (5, 0, 2)), [found["rows"][i] for i in (5, 0, 2)]
     padded = pad([c for c, _ in mine] + [r for _, r in mine], pad_id=found["template"].tokenizer.pad_id)
     assert batch["input_ids"].tolist() == padded.ids.tolist() and batch["completion_mask"].tolist() == padded.mask.tolist()
@@ -64,7 +64,7 @@ def test_dpo_loss(loss, jobs, ledger):
     if loss == "ipo": logps, ref = [x/n for x, n in zip(logps, counts)], [x/n for x, n in zip(ref, counts)]
     mine = dict(sigmoid=dpo_loss, ipo=ipo_loss, hinge=hinge_loss, robust=robust_loss)[loss](*logps, *ref, .3, *([.1] if loss == "robust" else [])).mean()
     assert abs(float(ref[0][0] - logps[0][0])) > .01
-    ledger(f"box dpo, {loss}", "align.dpo on rows without padding", abs(float(got - mine)), 1e-5)
+    ledger(f"box dpo, {loss}", "align.dpo on rows without padding", abs(float(got - mine)), 3e-5)
     if loss != "sigmoid": return
     names = [n for n, p in trainer.model.named_parameters() if p.requires_grad and "lora_B" in n]
     grads = [torch.autograd.grad(x, [dict(trainer.model.named_parameters())[n] for n in names]) for x in (got, mine)]
@@ -85,7 +85,7 @@ def test_reward_loss(jobs, ledger):
 def test_kto_loss(jobs, ledger):
     "By the paper's eq. 7 and 8, with the KL of crossed pairs"
     trainer, found = made(replace(jobs["kto"], beta=.2, good=1.3, bad=.8))
-    index = (5, 0, 2, 8)
+    index = (0, 1, 2, 5, 8)
     batch, rows = batch_of(trainer, index), [found["rows"][i] for i in index]
     assert len({label for _, label in rows}) == 2
     got = trainer.compute_loss(trainer.model, dict(batch))
@@ -110,7 +110,7 @@ def test_grpo_step(loss, jobs, ledger):
     prompts = [found["rows"][i].ids for i in index]
     assert [row[m > 0].tolist() for row, m in zip(done["prompt_ids"], done["prompt_mask"])] == prompts
     assert answers == draw_answers(trainer.model.eval(), prompts, [(0, 0, i) for i in range(16)], 12, 1.2, found["template"].tokenizer.end_id, found["template"].tokenizer.pad_id)
-    marks = torch.tensor([float(a[-1] == found["template"].tokenizer.end_id) + min(1., 4/len(a)) for a in answers])
+    marks = torch.tensor([float(a[-1] == found["template"].tokenizer.end_id) + sum(i % 2 == 0 for i in a)/len(a) for a in answers])
     assert len({float(m) for m in marks}) > 1
     advantages = group_advantages(marks, 4)
     ledger(f"box grpo, advantages ({loss})", "align.grpo", float((advantages - done["advantages"]).abs().max()), 1e-5)
