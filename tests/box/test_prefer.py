@@ -1,4 +1,5 @@
 "The four preference stages: they learn, go on where they were, and are the same in two processes; a real model in four bits"
+import sys
 import json
 import os
 import shutil
@@ -7,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_box import lines, make_jobs
 
 from llmbench.box.hub import load_hub
 from llmbench.box.launch import start
@@ -16,6 +16,9 @@ from llmbench.box.preferring import read_figures
 from llmbench.box.sft import Optim, Save, last_checkpoint
 from llmbench.core import read_json, write_json
 from llmbench.train.checkpoint import read_steps
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tiny_box import lines, make_jobs  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("box processes")
 HERE = Path(__file__).parent

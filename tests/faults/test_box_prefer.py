@@ -1,11 +1,12 @@
 "Bad input to the preference stages: what, where and mend; the reward functions that people write by accident; nothing lost"
+import sys
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from tiny_box import ASKS, LABELS, PAIRS, lines, make_jobs, make_model, said
 
 from llmbench.box import prefer, preferring, rewards
 from llmbench.box.prefer import Answers, Drawing, check, do_prefer, read_json, train
@@ -13,6 +14,9 @@ from llmbench.box.preferring import read_figures
 from llmbench.box.sft import Lora, Optim, last_checkpoint
 from llmbench.cli import main
 from llmbench.core import UserError
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tiny_box import ASKS, LABELS, PAIRS, lines, make_jobs, make_model, said  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,10 @@
 "Rows, losses, references and samples of box.prefer: TRL's trainers under our rows against llmbench.align, and against pencil and paper"
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from tiny_box import PAIRS, make_jobs
 
 from llmbench.align.dpo import dpo_loss, hinge_loss, ipo_loss, robust_loss
 from llmbench.align.grpo import NORMALISE, group_advantages, grpo_loss
@@ -17,6 +18,9 @@ from llmbench.box.sft import folder_of
 from llmbench.core import seq_logps
 from llmbench.text.batch import pad
 from llmbench.tune.chat import ChatTemplate
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tiny_box import PAIRS, make_jobs  # noqa: E402
 
 
 @pytest.fixture(scope="module")
