@@ -20,8 +20,8 @@ LABELS = [dict(messages=[*p["prompt"], said("assistant", p["chosen"] if i % 2 el
 ASKS = [dict(question=f"How many live in house {i}?", answer=f"They are {i}.") for i in range(20)]
 
 
-def make_model(folder, seed=2, width=32, vocab=320):
-    template = ChatTemplate(BPE.train(["Who lives in Oldtown? Ann does. She bakes bread. "]*3, vocab))
+def make_model(folder, seed=2, width=32, text="Who lives in Oldtown? Ann does. She bakes bread. "):
+    template = ChatTemplate(BPE.train([text]*3, 320))
     torch.manual_seed(seed)
     Transformer(Config(vocab_size=template.tokenizer.vocab_size, d_model=width, n_layers=2, n_heads=2, n_kv_heads=1, d_hidden=48, max_length=256)).save_pretrained(folder)
     template.save(folder)

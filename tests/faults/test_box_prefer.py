@@ -112,6 +112,7 @@ def test_reward_functions_that_break_late(name, words, jobs, tmp_path):
     assert "reward function" in error.where and last_checkpoint(stage).name == "checkpoint-2" and not (stage/"model").exists()
     (tmp_path/"mine.py").write_text(REWARDS.replace("if bad and calls == at", "if False"))
     assert do_prefer(job) == 0
+    if name != "raises": return
     whole = replace(job, name="whole", reward=(f"{tmp_path/'mine.py'}:fine",))
     train(whole, check(whole), progress=False)
     one, two = read_figures(tmp_path/"whole"/"grpo"), read_figures(stage)
@@ -128,7 +129,7 @@ def test_constant_rewards_are_said(jobs, tmp_path, capsys):
 
 
 def test_a_reward_model_of_another_tokenizer(jobs, tmp_path):
-    make_model(tmp_path/"other", vocab=300)
+    make_model(tmp_path/"other", text="Another book has other words in it. ")
     job = replace(jobs["reward"], model=str(tmp_path/"other"), folder=str(tmp_path), optim=replace(jobs["reward"].optim, steps=1), data=Answers(128, 0.))
     assert do_prefer(job) == 0
     refused(replace(jobs["grpo"], reward=(str(tmp_path/"box"/"reward"/"model"),)), "another tokenizer", "llmbench reward --box")
@@ -151,7 +152,7 @@ def test_command_line(jobs, capsys, tmp_path):
         assert "Traceback" not in told.err + told.out
         return told.err
     job = jobs["dpo"]
-    assert "--pairs" in wrong("dpo", "--box", "--model", job.model, "--launch.cpu") and "model" in wrong("grpo", "--box")
+    assert "--pairs" in wrong("dpo", "--box", "--model", job.model, "--data.length", "128", "--launch.cpu") and "model" in wrong("grpo", "--box")
     assert "real models only" in wrong("kto") and "--box" in wrong("eval", "--box")
     assert main(["dpo", "--box", "--model", job.model, "--pairs", job.pairs[0], "--dry", "--launch.cpu", "--data.length", "128", "--folder", str(tmp_path), "--launch.processes", "2"]) == 0
     told = capsys.readouterr().out
