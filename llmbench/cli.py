@@ -160,8 +160,12 @@ ELSEWHERE = dict( # name: (module, options class, function, one line for --help)
     merge=("llmbench.box.merge", "MergeCommand", "do_merge", "add an adapter to its 16-bit base, with the error measured"),
     assets=("llmbench.box.assets", "AssetsCommand", "do_assets", "real models from the package registry"),
 )
-BOX = dict( # the same stages on real models: `llmbench STAGE --box`
+BOX = dict( # stages on real models: `llmbench STAGE --box`
     sft=("llmbench.box.sft", "BoxSFT", "do_sft"),
+    reward=("llmbench.box.prefer", "BoxReward", "do_prefer"),
+    dpo=("llmbench.box.prefer", "BoxDPO", "do_prefer"),
+    kto=("llmbench.box.prefer", "BoxKTO", "do_prefer"),
+    grpo=("llmbench.box.prefer", "BoxGRPO", "do_prefer"),
     ppo=("llmbench.box.ppo", "BoxPPO", "do_ppo"),
 )
 ABOUT = """llmbench: take a language model apart and put it together again
@@ -176,7 +180,7 @@ ABOUT = """llmbench: take a language model apart and put it together again
   llmbench doctor    what can this machine do?
 
 llmbench COMMAND --help shows every option with its default.
-llmbench sft --box tunes a real model, on one GPU or many: llmbench sft --box --help."""
+llmbench sft --box tunes a real model, on one GPU or many: llmbench sft --box --help. So do reward, dpo, kto, grpo and ppo --box."""
 
 def find_command(
     name:str,       # what was typed
@@ -185,6 +189,7 @@ def find_command(
     "A command's options and its work; UserError names those that there are"
     if box and name not in BOX: raise UserError(f"{name!r} has no --box; {', '.join(BOX)} {'have' if len(BOX) > 1 else 'has'}")
     if name in COMMANDS and not box: return COMMANDS[name]
+    if not box and name in BOX and name not in ELSEWHERE: raise UserError(f"{name!r} works on real models only", mend=f"llmbench {name} --box --help")
     if not box and name not in ELSEWHERE: raise UserError(f"no command {name!r}; there are {', '.join([*COMMANDS, *ELSEWHERE])}")
     module, kind, work, *_ = BOX[name] if box else ELSEWHERE[name]
     module = importlib.import_module(module)

@@ -179,8 +179,7 @@ class Rollout:
         "A part of the rollout"
         per_row = self.counts.sum(1).tolist()
         kept = None if self.kept is None else torch.cat([self.kept.split(per_row)[i] for i in index])
-        def pick(x): return None if x is None else x[index]
-        tensors = {name: pick(getattr(self, name)) for name in ("ids", "mask", "ended", "rewards", "old_logps", "ref_logps", "old_values")}
+        tensors = {name: None if (x := getattr(self, name)) is None else x[index] for name in ("ids", "mask", "ended", "rewards", "old_logps", "ref_logps", "old_values")}
         return Rollout(**tensors, kept=kept, samples=[self.samples[i] for i in index])
 
 # %% ../../nbs/5_align/53_rollout.ipynb #e437c4cb

@@ -144,12 +144,14 @@ def load_base(
     dtype:torch.dtype,        # of the weights that are not quantised
     four:FourBit|None=None,   # quantise to four bits; None: not
     device=None,              # where to; None: CPU, or the GPU that is current
+    scorer:bool=False,        # one number a row instead of logits; its head is new where the folder has none
 )->nn.Module:                 # transformers' model
     "The weights of a base model"
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    kind, more = (AutoModelForSequenceClassification, dict(num_labels=1)) if scorer else (AutoModelForCausalLM, {})
     device = device or (torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"))
     how = dict(quantization_config=four_bit_config(four, dtype)) if four else {}
-    model = answered(lambda: AutoModelForCausalLM.from_pretrained(place.base, dtype=dtype, use_safetensors=True, device_map={"": device}, **how), place.base)
+    model = answered(lambda: kind.from_pretrained(place.base, dtype=dtype, use_safetensors=True, device_map={"": device}, **how, **more), place.base)
     if four: cure_four_bit(model)
     return model
 

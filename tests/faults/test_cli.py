@@ -135,7 +135,7 @@ def test_read_only_folder(tmp_path):
         else: target.chmod(0o700)
 
 
-@pytest.mark.parametrize("command", ["run", "pretrain", "sft", "eval", "chat", "lab", "doctor", "merge", "assets", "sft --box", "ppo --box"])
+@pytest.mark.parametrize("command", ["run", "pretrain", "sft", "eval", "chat", "lab", "doctor", "merge", "assets", "sft --box", "reward --box", "dpo --box", "kto --box", "grpo --box", "ppo --box"])
 def test_help_names_every_option_with_its_default(command, capsys):
     with pytest.raises(SystemExit) as ended: main([*command.split(), "--help"])
     told = capsys.readouterr().out
