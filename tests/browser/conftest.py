@@ -72,10 +72,9 @@ class Panel:
     def drag(self, name, share):
         "Move a slider's handle with the mouse to this share of its track"
         handle = self.control(name)
-        handle.scroll_into_view_if_needed()
+        handle.hover()  # scrolls, and waits until it stands still and nothing is above it
         here, track = handle.bounding_box(), handle.locator("xpath=ancestor::*[contains(@class,'noUi-target')]").bounding_box()
         mouse, y = self.page.tab.mouse, here["y"] + here["height"]/2
-        mouse.move(here["x"] + here["width"]/2, y)
         mouse.down()
         mouse.move(track["x"] + track["width"]*share, y, steps=6)
         mouse.up()
