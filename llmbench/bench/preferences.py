@@ -40,7 +40,7 @@ class Preferences:
     ppo:PPO=PPO(sampling=Sampling(prompts=32, new_tokens=44), steps=25, lr=1e-4) # learns manners from the reward model
     sums:SFT=SFT(steps=220, batch=16, length=64, lr=3e-3, matrix_lr=.02, replay=0.) # learns to add
     careless:SFT=SFT(steps=40, batch=16, length=64, lr=1e-3, matrix_lr=.005, replay=0.) # reads a book in which six sums of ten are wrong
-    grpo:GRPO=GRPO(sampling=Sampling(prompts=16, group=8, new_tokens=6), steps=70, lr=1e-4) # finds back to what it knew, by right and wrong
+    grpo:GRPO=GRPO(sampling=Sampling(prompts=16, group=8, new_tokens=6), steps=120, lr=1e-4) # finds back to what it knew, by right and wrong
 
 # %% ../../nbs/8_bench/83b_preferences.ipynb #e01c70dd
 def manners_of(
