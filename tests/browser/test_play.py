@@ -110,7 +110,7 @@ def test_two_notebooks_play_sections(lab):
     page = lab.open(NBS/"8_bench"/"80_run.ipynb").run_all()
     plan = play_panel(page)
     with plan.changes(): plan.press("pre-training steps", "ArrowRight")
-    wait(lambda: plan.content().count("to do") == 8)
+    wait(lambda: plan.content().count("to do") == 9)
     with plan.changes(): plan.drag("seed", 1.)
     assert page.python("panel.values['seed']") == "9" and plan.content().count("to do") == 11
     page.theme("light")
