@@ -42,6 +42,7 @@ FAILED = re.compile(r"^Traceback \(most recent call last\):\n(?:[ |].*\n)*.*", r
 PAINT = re.compile(r"\x1b\[[0-9;]*m")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     "One worker drives the browser: two JupyterLabs beside each other starve on two cores"
     for item in items:

@@ -69,7 +69,9 @@ def test_text_box_and_markup(page):
 
 def test_an_error_shows_where_it_happened(page):
     panel = page.panel(0)
+    with panel.changes(): panel.drag("exponent", .3)  # wherever another test has left it
     with panel.changes(): panel.drag("exponent", .1)
+    page.tab.wait_for_timeout(1500)
     good = panel.picture()
     panel.drag("exponent", 1.)
     panel.root.locator(".llmbench-error").wait_for()
@@ -80,6 +82,7 @@ def test_an_error_shows_where_it_happened(page):
     page.screenshot("error-dark")
     page.theme("light")
     with panel.changes(): panel.drag("exponent", .1)
+    page.tab.wait_for_timeout(1500)
     assert panel.error() is None and page.errors() == [] and panel.picture() == good
 
 
