@@ -26,9 +26,9 @@ from llmbench.tune.mixture import class_weights, curriculum, joined, mixture, te
 from llmbench.tune.select import answer_losses, best_of, chance_of_k, expected_best, k_centre, sampler, spoil, tfidf
 from llmbench.tune.sft import SFT, rows_of, sft
 from llmbench.use.evals import ask
+from llmbench.use.intervals import seed_interval as interval
 
 RESULTS = Path(__file__).parent/"results.json"
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for 95 %, by number of seeds
 SHARES = (.1, .25, .5, .75)                      # of the rows that are spoiled
 KS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -151,11 +151,6 @@ def wordings(town, seed):
 
 
 PARTS = dict(noise=noise, best=best, mixtures=mixtures, harvest=harvest, order=order, wordings=wordings)
-
-
-def interval(values):
-    "Mean and half of Student's 95 % interval over seeds"
-    return float(np.mean(values)), float(T95[len(values)]*np.std(values, ddof=1)/len(values)**.5) if len(values) > 1 else 0.
 
 
 def table(results):

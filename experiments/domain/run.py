@@ -10,7 +10,6 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import numpy as np
 
 from llmbench.bench.domain import Domain, build_exam, course
 from llmbench.bench.run import Run, run
@@ -18,16 +17,11 @@ from llmbench.core import write_json
 from llmbench.model.transformer import Transformer
 from llmbench.text.world import World
 from llmbench.tune.chat import ChatTemplate
+from llmbench.use.intervals import seed_interval as interval
 
 RESULTS = Path(__file__).parent/"results.json"
 SHELF = Path(__file__).parents[2]/"data"/"town"
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 COLUMNS = ("facts", "sums", "exact match", "polite", "place precision", "place recall", "place f1", "BLEU", "people", "loss")
-
-
-def interval(values):
-    "Mean and half of Student's 95 % interval over seeds"
-    return float(np.mean(values)), float(T95[len(values)]*np.std(values, ddof=1)/len(values)**.5) if len(values) > 1 else 0.
 
 
 def models(seed, folder):

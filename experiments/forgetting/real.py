@@ -6,15 +6,11 @@ documents of both. Another seed is another split, other weights and another orde
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from run import interval
 
 from llmbench.core import write_json
 from llmbench.model.transformer import Config, Transformer
@@ -23,6 +19,7 @@ from llmbench.text.bpe import BPE
 from llmbench.text.corpus import python_documents, split_documents
 from llmbench.train.loop import Fit, evaluate, fit
 from llmbench.tune.forgetting import replay_mix
+from llmbench.use.intervals import seed_interval as interval
 
 RESULTS = Path(__file__).parent/"real.json"
 LENGTH, BATCH, OLD_STEPS, NEW_STEPS, SHARE, CHARACTERS = 128, 16, 400, 200, .25, 600_000

@@ -19,17 +19,12 @@ from llmbench.model.transformer import Transformer
 from llmbench.text.world import World
 from llmbench.tune.chat import ChatTemplate
 from llmbench.tune.forgetting import restored
+from llmbench.use.intervals import seed_interval as interval
 
 HERE = Path(__file__).parent
 SETTINGS = { # longer? -> file, lesson, remedies
     False: (HERE/"results.json", Lesson(steps=240), REMEDIES),
     True:  (HERE/"longer.json", Lesson(steps=360), tuple(r for r in REMEDIES if r.name in ("the lesson alone", "replay 5%", "replay 10%", "replay 25%")))}
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for 95 %, by number of seeds
-
-
-def interval(values):
-    "Mean and half of Student's 95 % interval over seeds"
-    return float(np.mean(values)), float(T95[len(values)]*np.std(values, ddof=1)/len(values)**.5) if len(values) > 1 else 0.
 
 
 def table(results):

@@ -12,8 +12,6 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import numpy as np
-
 from llmbench.align.dpo import DPO, dpo
 from llmbench.align.pairs import pair_rows
 from llmbench.bench.preferences import manners_of, moody
@@ -24,9 +22,9 @@ from llmbench.model.transformer import Transformer
 from llmbench.text.world import World
 from llmbench.tune.chat import ChatTemplate
 from llmbench.tune.sft import SFT, rows_of, sft
+from llmbench.use.intervals import seed_interval
 
 RESULTS = Path(__file__).parent/"results.json"
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 FIRST, MORE = 60, 30  # steps
 
 
@@ -60,8 +58,8 @@ def table(results):
     for way in next(iter(results.values())):
         told = []
         for what in ("polite", "exact"):
-            v = np.array([r[way][what] for r in results.values()])
-            told.append(f"{what} {v.mean():6.1%} ± {T95[len(v)]*v.std(ddof=1)/len(v)**.5 if len(v) > 1 else 0:5.1%} (lowest {v.min():.0%}, highest {v.max():.0%})")
+            v = [r[way][what] for r in results.values()]
+            told.append("{} {:6.1%} ± {:5.1%} (lowest {:.0%}, highest {:.0%})".format(what, *seed_interval(v), min(v), max(v)))
         print(f"{way:<32} " + "   ".join(told))
 
 

@@ -23,10 +23,10 @@ from llmbench.train.loop import Fit, fit
 from llmbench.tune.forgetting import replay_mix
 from llmbench.tune.vocab import WORDS, expand_bpe, expand_model, tokens_per_character, train_rows
 from llmbench.use.evals import text_score
+from llmbench.use.intervals import seed_interval
 
 RESULTS = Path(__file__).parent/"results.json"
 DATA = Path(os.environ.get("LLMBENCH_DATA", Path(__file__).parents[3]/"shared"/"data"))
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 LENGTH, BATCH, BASE, STEPS = 128, 12, 200, 60
 
 
@@ -95,17 +95,14 @@ def table(results):
         cells = []
         for text in ("medical", "general"):
             for what in ("bits", "perplexity", "tokens"):
-                values = [r[name][text][what] for r in rows]
-                half = T95[len(values)]*np.std(values, ddof=1)/len(values)**.5 if len(values) > 1 else 0.
-                cells.append(f"{np.mean(values):6.3f} ± {half:5.3f}")
+                cells.append("{:6.3f} ± {:5.3f}".format(*seed_interval([r[name][text][what] for r in rows])))
         print(f"{name:<36} medical: bits/byte {cells[0]} perplexity {cells[1]} tokens/char {cells[2]}   general: {cells[3]}, {cells[4]}, {cells[5]}")
     for name in rows[0]:
         if first := [r[name]["first"] for r in rows if "first" in r[name]]: print(f"before any step, {name}: {np.mean([f['medical']['bits'] for f in first]):.3f} medical, {np.mean([f['general']['bits'] for f in first]):.3f} general")
     pairs = [("old vocabulary, as many steps", "pieces, everything trains"), ("old vocabulary, as much text", "pieces, everything trains"), ("before", "pieces, everything trains"), ("random, everything trains", "pieces, everything trains")]
     for a, b in pairs:
         gaps = [r[b]["medical"]["bits"] - r[a]["medical"]["bits"] for r in rows]
-        half = T95[len(gaps)]*np.std(gaps, ddof=1)/len(gaps)**.5 if len(gaps) > 1 else 0.
-        print(f"{b} less {a}: {np.mean(gaps):+.3f} ± {half:.3f} bits per byte of medicine")
+        print("{} less {}: {:+.3f} ± {:.3f} bits per byte of medicine".format(b, a, *seed_interval(gaps)))
     saved = [1 - r["pieces, everything trains"]["medical"]["tokens"]/r["before"]["medical"]["tokens"] for r in rows]
     print(f"tokens per character: {np.mean(saved):.1%} fewer (least {min(saved):.1%})")
 

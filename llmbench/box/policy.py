@@ -20,7 +20,8 @@ from ..align.loop import finish_step, generator_at, minibatches
 from ..align.ppo import PPO, PolicyAndValue, clipped_share, credit, policy_loss, value_loss
 from ..align.rollout import Prompt, Rollout, read_answers, rollout, sample_answers
 from .hub import FourBit, Place, answered, load_base
-from .sft import Lora
+from .job import Lora
+from .rewards import agreed
 from ..core import UserError, masked_mean, seed_everything
 from ..text.batch import pad
 
@@ -125,19 +126,10 @@ def joined(
 
 def everyone(
     work:Callable, # () -> list; what this process does
-    accelerator,   # accelerate's
 )->list:           # what all processes did, one after the other
     "Work in all processes; a UserError in one is raised in every one, so that nobody waits for the dead"
     from accelerate.utils import gather_object
-    done, wrong = [], None
-    try: done = work()
-    except UserError as e:
-        if accelerator.num_processes == 1: raise
-        wrong = (e.what, e.where, e.mend)
-    told = gather_object([(done, wrong)])
-    for _, wrong in told:
-        if wrong: raise UserError(*wrong)
-    return [x for done, _ in told for x in done]
+    return [x for done in gather_object([agreed(work)]) for x in done]
 
 # %% ../../nbs/9_box/93a_policy.ipynb #e2a9b2e6
 def trimmed(

@@ -19,10 +19,11 @@ from ..align.ppo import PPO, PolicyAndValue, adapted
 from ..align.rollout import Sampling, sample_answers
 from .check import check_adapter, check_four_bit, check_memory, check_targets, free_memory, need_of
 from .hub import FourBit, HubTemplate, float_type, load_template, locate, read_config, skeleton
-from .job import Lora, folder_of, restored
-from .launch import Launch, command_of, die_with_parent, resolved, shown, start
+from .job import Lora, folder_of
+from .launch import Launch, command_of, resolved, shown, start
 from .marks import check_lengths, check_reward, read_prompts, reward_of
 from .policy import VLLM, Trained, everyone, joined, learn_together, need_vllm, roll_parts, shared_base
+from .sft import work as work_of
 from .trainer import quiet
 from ..core import UserError, fingerprint, read_json, write_json, write_whole
 from ..train.checkpoint import latest
@@ -35,7 +36,7 @@ class BoxPPO:
     model:str=""               # folder of a model or of an adapter, or a name on the hub; the reference is what it says now
     base:str=""                # the adapter's base, where the adapter does not say it right
     prompts:tuple[str, ...]=() # files of prompts (.jsonl): {"prompt": "..."} or {"messages": [...]}; other fields reach the reward
-    reward:str=""              # module:function of a list of samples; "tests" (runs each prompt's "tests"); or the folder of a reward model
+    reward:str=""              # a rule (short:N, match:REGEX, ended, number, exact); module:function of a list of samples; "tests" (runs each prompt's "tests"); or the folder of a reward model
     method:str="lora"          # lora, or qlora (4-bit base)
     name:str="box"             # name of the run
     folder:str="runs"          # the run is written to FOLDER/NAME/ppo
@@ -177,7 +178,7 @@ def tools_of(
     groups = [dict(params=[p for p in trained.policy.parameters() if p.requires_grad]), dict(params=list(trained.head.parameters()), lr=ppo.value_lr)]
     optimizer = torch.optim.AdamW(groups, lr=ppo.lr, betas=(.9, .95), weight_decay=0., fused=True)
     draw = VLLM(found["place"], trained.policy.peft_config["policy"].r, dtype, four is not None, accelerator.num_processes) if config.engine == "vllm" else sample_answers
-    return trained, optimizer, reward_of(config.reward, dtype, device, found["template"].tokenizer.pad_id), draw
+    return trained, optimizer, reward_of(config.reward, found["template"], device, dtype), draw
 
 # %% ../../nbs/9_box/93_ppo.ipynb #5b9a40ed
 def train(
@@ -199,7 +200,7 @@ def train(
         parts = roll_parts(trained, asked, reward, tokenizer, ppo, step, config.micro, crew.process_index, crew.num_processes, bf16, draw)
         return [(i, joined([part])) for i, part in parts] + [(-1, None)]*(writes and (folder/"stop").exists()) # on the CPU: they travel
     def one(step):
-        parts = sorted(everyone(lambda: mine(step), crew), key=lambda x: x[0])
+        parts = sorted(everyone(lambda: mine(step)), key=lambda x: x[0])
         if parts[0][0] < 0: signal.raise_signal(signal.SIGINT) # somebody asked to stop: `run_steps` finishes this step first
         roll = joined([part for i, part in parts if i >= 0], tokenizer.pad_id, crew.device)
         told = rollout_metrics(roll) | dict(kl_coef=notes["kl_coef"])
@@ -278,18 +279,8 @@ def work(
     job:str, # JSON file of a BoxPPO
 )->int:      # exit code
     "What each process of a job does: `python -m llmbench.box.ppo JOB`"
-    die_with_parent()
-    rank = int(os.environ.get("RANK", 0))
-    try:
-        config = restored(BoxPPO, read_json(job))
-        train(config, check(config))
-    except UserError as e:
-        if rank == 0: print(f"llmbench ppo --box: {e}", file=sys.stderr)
-        return 2
+    try: return work_of(job, BoxPPO, check, train)
     except KeyboardInterrupt: return 0 # asked to stop, and saved
-    finally:
-        if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
-    return 0
 
 # %% ../../nbs/9_box/93_ppo.ipynb #1a1e16e7
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(work(sys.argv[1]))

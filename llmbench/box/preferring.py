@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'TRAINERS', 'dataset', 'crossed', 'collate', 'Figures', 'read_figures', 'settle_reference', 'Groups',
-           'preferring']
+           'Preferring', 'preferring']
 
 # %% ../../nbs/9_box/92b_preferring.ipynb #00042e69
 import json, os, sys
@@ -140,105 +140,105 @@ class Groups:
 # %% ../../nbs/9_box/92b_preferring.ipynb #001a2e69
 TRAINERS = dict(reward="RewardTrainer", dpo="DPOTrainer", kto="KTOTrainer", grpo="GRPOTrainer")
 
+class Preferring:
+    "Our rows, log and checkpoints, a reference that survives a restart, and a look at held-out rows; goes in front of `box.trainer`'s class over one of TRL's trainers, with its `stage`"
+    def __init__(self, config, found, model, settings, folder, progress=True, begun=0):
+        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1") # `rollout_func` is new
+        self.job, self.ref_model, pad_id = config, None, found["template"].tokenizer.pad_id
+        model.config._name_or_path = found["place"].base # TRL reads the reference of full tuning from there
+        more = dict(rollout_func=self.rollout, reward_funcs=self.rewards(found)) if self.stage == "grpo" else dict(data_collator=partial(collate, self.stage, pad_id=pad_id))
+        self.found_rows, self.template = found["rows"], found["template"]
+        super().__init__(model, settings, dataset(config, found["rows"]), found["valid"], found["template"], folder, progress, begun, **more)
+        self.record = Figures(folder, begun, progress, self.args.process_index == 0, self.stage)
+        self._total_train_tokens = int(self.record.tokens)
+        settle_reference(self.accelerator.unwrap_model(self.model), config.lora.adapter)
+
+    def _prepare_dataset(self, dataset, *_): return dataset # ids already
+
+    def rows_a_step(self): return super().rows_a_step()//(self.job.draw.group if self.stage == "grpo" else 1)
+
+    def rewards(self, found):
+        def show(name, sample, mark): self.record.shown = (f"{self.record.shown}, " if name != self.job.reward[0] else f"{sample.text.strip()[:200]!r} -> ") + f"{name} {mark:.3f}"
+        device = "cpu" if resolved(self.job.launch).cpu else "cuda"
+        self.marks = [reward_of(name, found["template"], device) for name in self.job.reward]
+        return [marking(name, reward, found["rows"], found["template"], show) for name, reward in zip(self.job.reward, self.marks)]
+
+    def _get_train_sampler(self, train_dataset=None):
+        order = super()._get_train_sampler() if self.stage != "grpo" else Order(len(self.train_dataset), self.rows_a_step(), self.args.max_steps, self.args.seed)
+        return order if self.stage != "grpo" else Groups(order, self.rows_a_step(), self.job.draw.group, self.args.steps_per_generation)
+
+    def answers(self, prompts, rows):
+        "One answer to each prompt, by chance of its own"
+        from trl.models.utils import unwrap_model_for_generation
+        d, t = self.job.draw, self.template.tokenizer
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
+            training = model.training
+            model.eval()
+            out = draw_answers(model, [p.ids for p in prompts], rows, d.new_tokens, d.temperature, t.end_id, t.pad_id, self.is_fsdp_enabled)
+            model.train(training)
+        return out
+
+    def rollout(self, prompts, trainer):
+        picked, first = [self.found_rows[int(i)] for i in prompts], self.args.process_index*len(prompts)
+        answers = self.answers(picked, [(self.job.seed, self.state.global_step, first + i) for i in range(len(prompts))])
+        return dict(prompt_ids=[p.ids for p in picked], completion_ids=answers, logprobs=None)
+
+    @contextmanager
+    def reference(self):
+        "The model that answers for the reference"
+        from trl.trainer.utils import use_adapter
+        plain = self.accelerator.unwrap_model(self.model)
+        with nullcontext() if self.ref_model is not None else use_adapter(plain, "ref" if "ref" in plain.peft_config else None):
+            yield self.model_wrapped if self.ref_model is None else self.ref_model
+
+    def read(self, model, rows, measure=None):
+        a = self.args
+        return held_out(model, rows, 2*a.per_device_eval_batch_size, a.process_index, a.world_size, a.device, self.template.tokenizer.pad_id, measure)[0]
+
+    def judge(self):
+        "(N,) margin of each held-out pair; reward of each labelled answer, bad ones with a minus; mark of each answer"
+        if self.stage == "grpo": return self.marked()
+        rows = [pair[i] for i in (0, 1) for pair in self.held] if self.stage != "kto" else [row for row, _ in self.held]
+        if self.stage == "reward": scores = self.read(self.model_wrapped, rows, lambda model, ids, mask, real: (row_scores(model, ids, real), ids[:, 0]))
+        else:
+            now = -self.read(self.model_wrapped, rows)
+            with self.reference() as model: scores = self.job.beta*(now + self.read(model, rows))
+        return scores*np.where([label for _, label in self.held], 1, -1) if self.stage == "kto" else scores[:len(self.held)] - scores[len(self.held):]
+
+    def marked(self):
+        "Marks of one answer to each held-out prompt, always by the same chance"
+        world, rank, marks = self.args.world_size, self.args.process_index, torch.zeros(len(self.held), dtype=torch.float64)
+        mine = list(range(rank, len(self.held), world)) or [0]
+        answers = self.answers([self.held[i] for i in mine], [(self.job.seed, -1, i) for i in mine])
+        samples = [sampled(self.held[i], ids, self.template) for i, ids in zip(mine, answers)]
+        found = agreed(lambda: sum(rewards_of(reward, samples) for reward in self.marks)).double()
+        if rank < len(self.held): marks[mine] = found
+        if world > 1: torch.distributed.all_reduce(marks := marks.to(self.args.device))
+        return marks.cpu().numpy()
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        "Held-out margins, rewards or marks"
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager(): margins = self.judge()
+        self.model.train(training)
+        self.found["after" if self.state.global_step else "before"] = margins
+        self.record.judged(margins)
+        metrics = {f"{metric_key_prefix}_mean": float(margins.mean()), f"{metric_key_prefix}_accuracy": float((margins > 0).mean())}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def keep(self):
+        "A checkpoint of the last whole step, where there is none yet; all processes call this alike"
+        step = self.state.global_step
+        if step and (last := self.record.folder/"checkpoints"/f"checkpoint-{step}") and not last.exists(): self._save_checkpoint(self.model, None)
+        self.record.flush(end=True)
+        return step
+
 @cache
 def preferring(
     stage:str, # reward, dpo, kto, grpo
 )->type:       # a subclass of `box.trainer`'s class over TRL's
-    "TRL's trainer of a stage, with our rows, log and checkpoints, a reference that survives a restart, and a look at held-out rows"
-    class Preferring(trainer_class(TRAINERS[stage])):
-        "See `preferring`"
-        def __init__(self, config, found, model, settings, folder, progress=True, begun=0):
-            os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1") # `rollout_func` is new
-            self.job, self.ref_model, pad_id = config, None, found["template"].tokenizer.pad_id
-            model.config._name_or_path = found["place"].base # TRL reads the reference of full tuning from there
-            more = dict(rollout_func=self.rollout, reward_funcs=self.rewards(found)) if stage == "grpo" else dict(data_collator=partial(collate, stage, pad_id=pad_id))
-            self.found_rows, self.template = found["rows"], found["template"]
-            super().__init__(model, settings, dataset(config, found["rows"]), found["valid"], found["template"], folder, progress, begun, **more)
-            self.record = Figures(folder, begun, progress, self.args.process_index == 0, stage)
-            self._total_train_tokens = int(self.record.tokens)
-            settle_reference(self.accelerator.unwrap_model(self.model), config.lora.adapter)
-
-        def _prepare_dataset(self, dataset, *_): return dataset # ids already
-
-        def rows_a_step(self): return super().rows_a_step()//(self.job.draw.group if stage == "grpo" else 1)
-
-        def rewards(self, found):
-            def show(name, sample, mark): self.record.shown = (f"{self.record.shown}, " if name != self.job.reward[0] else f"{sample.text.strip()[:200]!r} -> ") + f"{name} {mark:.3f}"
-            device = "cpu" if resolved(self.job.launch).cpu else "cuda"
-            self.marks = [reward_of(name, found["template"], device) for name in self.job.reward]
-            return [marking(name, reward, found["rows"], found["template"], show) for name, reward in zip(self.job.reward, self.marks)]
-
-        def _get_train_sampler(self, train_dataset=None):
-            order = super()._get_train_sampler() if stage != "grpo" else Order(len(self.train_dataset), self.rows_a_step(), self.args.max_steps, self.args.seed)
-            return order if stage != "grpo" else Groups(order, self.rows_a_step(), self.job.draw.group, self.args.steps_per_generation)
-
-        def answers(self, prompts, rows):
-            "One answer to each prompt, by chance of its own"
-            from trl.models.utils import unwrap_model_for_generation
-            d, t = self.job.draw, self.template.tokenizer
-            with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
-                training = model.training
-                model.eval()
-                out = draw_answers(model, [p.ids for p in prompts], rows, d.new_tokens, d.temperature, t.end_id, t.pad_id, self.is_fsdp_enabled)
-                model.train(training)
-            return out
-
-        def rollout(self, prompts, trainer):
-            picked, first = [self.found_rows[int(i)] for i in prompts], self.args.process_index*len(prompts)
-            answers = self.answers(picked, [(self.job.seed, self.state.global_step, first + i) for i in range(len(prompts))])
-            return dict(prompt_ids=[p.ids for p in picked], completion_ids=answers, logprobs=None)
-
-        @contextmanager
-        def reference(self):
-            "The model that answers for the reference"
-            from trl.trainer.utils import use_adapter
-            plain = self.accelerator.unwrap_model(self.model)
-            with nullcontext() if self.ref_model is not None else use_adapter(plain, "ref" if "ref" in plain.peft_config else None):
-                yield self.model_wrapped if self.ref_model is None else self.ref_model
-
-        def read(self, model, rows, measure=None):
-            a = self.args
-            return held_out(model, rows, 2*a.per_device_eval_batch_size, a.process_index, a.world_size, a.device, self.template.tokenizer.pad_id, measure)[0]
-
-        def judge(self):
-            "(N,) margin of each held-out pair; reward of each labelled answer, bad ones with a minus; mark of each answer"
-            if stage == "grpo": return self.marked()
-            rows = [pair[i] for i in (0, 1) for pair in self.held] if stage != "kto" else [row for row, _ in self.held]
-            if stage == "reward": scores = self.read(self.model_wrapped, rows, lambda model, ids, mask, real: (row_scores(model, ids, real), ids[:, 0]))
-            else:
-                now = -self.read(self.model_wrapped, rows)
-                with self.reference() as model: scores = self.job.beta*(now + self.read(model, rows))
-            return scores*np.where([label for _, label in self.held], 1, -1) if stage == "kto" else scores[:len(self.held)] - scores[len(self.held):]
-
-        def marked(self):
-            "Marks of one answer to each held-out prompt, always by the same chance"
-            world, rank, marks = self.args.world_size, self.args.process_index, torch.zeros(len(self.held), dtype=torch.float64)
-            mine = list(range(rank, len(self.held), world)) or [0]
-            answers = self.answers([self.held[i] for i in mine], [(self.job.seed, -1, i) for i in mine])
-            samples = [sampled(self.held[i], ids, self.template) for i, ids in zip(mine, answers)]
-            found = agreed(lambda: sum(rewards_of(reward, samples) for reward in self.marks)).double()
-            if rank < len(self.held): marks[mine] = found
-            if world > 1: torch.distributed.all_reduce(marks := marks.to(self.args.device))
-            return marks.cpu().numpy()
-
-        def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-            "Held-out margins, rewards or marks"
-            training = self.model.training
-            self.model.eval()
-            with torch.no_grad(), self.compute_loss_context_manager(): margins = self.judge()
-            self.model.train(training)
-            self.found["after" if self.state.global_step else "before"] = margins
-            self.record.judged(margins)
-            metrics = {f"{metric_key_prefix}_mean": float(margins.mean()), f"{metric_key_prefix}_accuracy": float((margins > 0).mean())}
-            self.log(metrics)
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-            return metrics
-
-        def keep(self):
-            "A checkpoint of the last whole step, where there is none yet; all processes call this alike"
-            step = self.state.global_step
-            if step and (last := self.record.folder/"checkpoints"/f"checkpoint-{step}") and not last.exists(): self._save_checkpoint(self.model, None)
-            self.record.flush(end=True)
-            return step
-
-    return Preferring
+    "TRL's trainer of a stage, with everything that `Preferring` adds"
+    return type("Preferring", (Preferring, trainer_class(TRAINERS[stage])), dict(stage=stage))

@@ -113,24 +113,29 @@ def scorer_place(
     template,   # of the policy: both must read the same tokens
 ):              # where it is, from `locate`
     "Find a reward model without loading it; UserError when it reads other tokens, or is none"
-    from llmbench.box.hub import load_template, locate, read_config
+    from transformers import AutoTokenizer
+    from llmbench.box.hub import answered, locate, read_config
     place = locate(folder)
-    theirs = load_template(place).inner
-    if theirs.get_vocab() != template.inner.get_vocab() or theirs.eos_token_id != template.inner.eos_token_id:
-        raise UserError(f"a reward model of another tokenizer ({len(theirs):,} tokens; the policy has {len(template.inner):,})", folder, "Train it on the policy's own base: llmbench reward --box")
-    kind = read_json(Path(place.adapter)/"adapter_config.json").get("task_type") if place.adapter else str(read_config(place).architectures)
-    if "SEQ_CLS" not in str(kind) and "SequenceClassification" not in str(kind): raise UserError("this is no reward model: it has no head that gives one number", folder, "Train one: llmbench reward --box")
+    theirs = answered(lambda: AutoTokenizer.from_pretrained(place.tokenizer), folder)
+    mine, its = template.inner.get_vocab(), theirs.get_vocab()
+    apart = sorted(t for t in mine.keys() | its.keys() if mine.get(t) != its.get(t))
+    if apart or theirs.eos_token_id != template.inner.eos_token_id:
+        raise UserError(f"a reward model of another tokenizer: {len(apart)} tokens differ{f', such as {apart[0]!r}' if apart else ', and another one ends an answer'}", folder, "Train it on the policy's own base: llmbench reward --box")
+    kind = str(read_json(Path(place.adapter)/"adapter_config.json").get("task_type") if place.adapter else ", ".join(read_config(place).architectures or ["?"]))
+    if "SEQ_CLS" not in kind and "SequenceClassification" not in kind: raise UserError(f"this is no reward model: {kind} has no head that gives one number", folder, "Train one: llmbench reward --box")
+    if not place.adapter and read_config(place).num_labels != 1: raise UserError(f"this is no reward model: it has {read_config(place).num_labels} labels", folder, "A sequence classifier with one label is wanted")
     return place
 
 def scorer_of(
     folder:str,   # as in `scorer_place`
     template,     # of the policy
     device="cpu", # where it shall run
+    dtype:torch.dtype=torch.float32, # of its weights
 )->Callable:      # a reward function: list of Sample -> list of floats
     "A reward model as a reward function"
     from llmbench.box.hub import load_adapter, load_base
     place = scorer_place(folder, template)
-    model = load_base(place, torch.float32, None, torch.device(device), scorer=True)
+    model = load_base(place, dtype, None, torch.device(device), scorer=True)
     if place.adapter: model = load_adapter(model, place.adapter)
     model.eval().requires_grad_(False)
     model.config.pad_token_id = template.tokenizer.pad_id
@@ -148,11 +153,12 @@ def reward_of(
     name:str,     # a rule, a folder, or module:function
     template,     # of the policy
     device=None,  # of a reward model; None: look whether there is one, and load nothing
+    dtype:torch.dtype=torch.float32, # of a reward model's weights
 )->Callable:      # list of Sample -> list of floats
     "What a name on the command line stands for"
     if name.partition(":")[0] in RULES: return rule(name)
-    if Path(name).is_dir(): return scorer_of(name, template, device) if device else scorer_place(name, template)
-    if ":" in name: return imported(name)
+    if ":" in name and not Path(name).exists(): return imported(name)
+    if Path(name).is_dir() or name.count("/") == 1: return scorer_of(name, template, device, dtype) if device else scorer_place(name, template)
     raise UserError(f"unknown reward {name!r}", "--reward", f"Built in: {', '.join(RULES)}; or module:function; or the folder of a reward model")
 
 # %% ../../nbs/9_box/92a_rewards.ipynb #001a2e69

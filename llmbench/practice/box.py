@@ -9,7 +9,7 @@ __all__ = ['LINES', 'EXAM', 'check_accumulation', 'check_reading', 'check_whole'
 from pathlib import Path
 
 from ..box.launch import Launch, command_of, shown
-from .text import written
+from .text import mark, written
 
 # %% ../../nbs/9_box/99_practice.ipynb #7476387d
 def check_accumulation(
@@ -103,5 +103,4 @@ def check_exam(
     answers:dict, # number: letter
 )->str:           # how many were right, with the reasons for the others
     "Mark the exam"
-    wrong = {n: why for n, (letter, why) in EXAM.items() if str(answers.get(n, "")).strip().lower() != letter}
-    return f"{len(EXAM) - len(wrong)} of {len(EXAM)}" + "".join(f"\n{n}: {why}" for n, why in wrong.items())
+    return mark(EXAM, answers)

@@ -9,7 +9,7 @@ __all__ = ['EXAM', 'check_lcs', 'check_reply', 'check_shares', 'check_weighted_m
 # %% ../../nbs/4_tune/49d_practice_curate.ipynb #c83a035d
 import torch
 
-from .text import written
+from .text import mark, written
 
 # %% ../../nbs/4_tune/49d_practice_curate.ipynb #8dcf6e1b
 def check_lcs(
@@ -103,5 +103,4 @@ def check_exam(
     answers:dict, # number: letter
 )->str:           # how many were right, with the reasons for the others
     "Mark the exam"
-    wrong = {n: why for n, (letter, why) in EXAM.items() if str(answers.get(n, "")).strip().lower() != letter}
-    return f"{len(EXAM) - len(wrong)} of {len(EXAM)}" + "".join(f"\n{n}: {why}" for n, why in wrong.items())
+    return mark(EXAM, answers)

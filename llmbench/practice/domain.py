@@ -6,7 +6,7 @@
 __all__ = ['EXAM', 'check_split', 'check_macro_f1', 'check_exam']
 
 # %% ../../nbs/8_bench/89b_practice_domain.ipynb #6463d23e
-from .text import written
+from .text import mark, written
 
 # %% ../../nbs/8_bench/89b_practice_domain.ipynb #1b268f5e
 def check_split(
@@ -49,5 +49,4 @@ def check_exam(
     answers:dict, # number: letter
 )->str:           # how many were right, with the reasons for the others
     "Mark the exam"
-    wrong = {n: why for n, (letter, why) in EXAM.items() if str(answers.get(n, "")).strip().lower() != letter}
-    return f"{len(EXAM) - len(wrong)} of {len(EXAM)}" + "".join(f"\n{n}: {why}" for n, why in wrong.items())
+    return mark(EXAM, answers)

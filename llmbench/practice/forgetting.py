@@ -8,7 +8,7 @@ __all__ = ['EXAM', 'check_mean_forgetting', 'check_spring', 'check_exam']
 # %% ../../nbs/4_tune/49c_practice_forgetting.ipynb #8d0759fb
 import torch
 
-from .text import written
+from .text import mark, written
 
 # %% ../../nbs/4_tune/49c_practice_forgetting.ipynb #9ccc5c05
 def check_mean_forgetting(
@@ -47,5 +47,4 @@ def check_exam(
     answers:dict, # number: letter
 )->str:           # how many were right, with the reasons for the others
     "Mark the exam"
-    wrong = {n: why for n, (letter, why) in EXAM.items() if str(answers.get(n, "")).strip().lower() != letter}
-    return f"{len(EXAM) - len(wrong)} of {len(EXAM)}" + "".join(f"\n{n}: {why}" for n, why in wrong.items())
+    return mark(EXAM, answers)

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from .text import written
+from .text import mark, written
 
 # %% ../../nbs/4_tune/49e_practice_vocab.ipynb #42e71416
 def check_rows_of(
@@ -51,5 +51,4 @@ def check_exam(
     answers:dict, # number: letter
 )->str:           # how many were right, with the reasons for the others
     "Mark the exam"
-    wrong = {n: why for n, (letter, why) in EXAM.items() if str(answers.get(n, "")).strip().lower() != letter}
-    return f"{len(EXAM) - len(wrong)} of {len(EXAM)}" + "".join(f"\n{n}: {why}" for n, why in wrong.items())
+    return mark(EXAM, answers)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from llmbench.box.hub import load_hub
 from llmbench.box.launch import start
@@ -119,9 +120,10 @@ def test_two_processes_agree_on_an_error(alone, tmp_path, capfd):
 
 
 def test_a_reward_model_rewards(alone, tmp_path):
-    "Trained by `reward`, asked by `grpo`: the marks are its own, for a whole model and for an adapter"
+    "Trained by `reward`, asked by `grpo` and by `ppo`: the marks are its own, for a whole model and for an adapter"
     jobs, home = alone
     from llmbench.align.rollout import Prompt
+    from llmbench.box import marks
     from llmbench.box.rewards import reward_of, sampled
     template = check(jobs["dpo"])["template"]
     pairs = check(jobs["dpo"])["valid"]
@@ -130,6 +132,8 @@ def test_a_reward_model_rewards(alone, tmp_path):
         samples = [[sampled(Prompt(ids[:mask.index(1)]), ids[mask.index(1):], template) for ids, mask in (pair[i] for pair in pairs)] for i in (0, 1)]
         margins = np.array(mark(samples[0])) - np.array(mark(samples[1]))
         assert margins.mean() == pytest.approx(read_json(home/method/"reward"/"scores.json")[1]["mean"], abs=1e-4)
+        marks.check_reward(str(home/method/"reward"/"model"), template, [samples[0][0].prompt])
+        assert marks.reward_of(str(home/method/"reward"/"model"), template, "cpu", torch.float32)(samples[0]) == mark(samples[0])
     config = replace(jobs["grpo"], name="asked", folder=str(tmp_path), reward=(str(home/"lora"/"reward"/"model"),), optim=replace(jobs["grpo"].optim, steps=2))
     assert do_prefer(config) == 0 and len({f["reward"] for f in read_figures(tmp_path/"asked"/"grpo")}) == 2
 

@@ -44,11 +44,13 @@ def lines(path, *rows):
     (dict(ppo=dict(sampling=Sampling(prompts=8, new_tokens=100))), ["do not fit", "128 positions", "--longest 28"]),
     (dict(ppo=dict(sampling=Sampling(prompts=8, new_tokens=500))), ["do not fit", "Lower --ppo.sampling.new-tokens"]),
     (dict(reward=""), ["--reward", "module:function"]),
-    (dict(reward="nowhere_at_all:f"), ["nowhere_at_all", "ModuleNotFoundError", "--reward"]),
+    (dict(reward="nowhere_at_all:f"), ["No module named 'nowhere_at_all'", "cannot be imported", "--reward"]),
     (dict(reward="town_marks:vowel"), ["no function 'vowel'", "vowels"]),
     (dict(reward="town_marks:number"), ["no function 'number'"]),
     (dict(reward="tests"), ["16 of 16 prompts have no tests", "--reward tests"]),
-    (dict(reward="judge"), ["no such reward", "judge"]),
+    (dict(reward="judge"), ["unknown reward", "judge"]),
+    (dict(reward="exact"), ["16 of 16 prompts have no answer that exact could compare with", "--reward exact"]),
+    (dict(reward="short"), ["--reward short", "short:N"]),
 ], ids=lambda x: str(next(iter(x.items())))[:40] if isinstance(x, dict) else "")
 def test_said_before_weights_are_loaded(change, words, ppo_job, monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "load_base", lambda *a, **k: pytest.fail("weights were loaded"))

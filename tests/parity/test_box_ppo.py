@@ -9,7 +9,7 @@ from llmbench.align.loop import prompts_at
 from llmbench.align.ppo import PolicyAndValue, credit, learn, ppo
 from llmbench.align.rollout import Sampling
 from llmbench.box.hub import FourBit, load_base, locate
-from llmbench.box.marks import check_reward_model, function_at, read_prompts, reward_model
+from llmbench.box.marks import imported, read_prompts, reward_of
 from llmbench.box.policy import Reference, as_reference, chance, joined, learn_together, roll_parts, share_of_update, shared_base
 from llmbench.box.ppo import check, train
 from llmbench.box.sft import Lora
@@ -43,7 +43,7 @@ def test_steps_equal_our_own(adapted, ppo_place, ppo_job, tmp_path, ledger):
     model = Transformer.from_pretrained(ppo_place/"tiny")
     load_lora(model, adapted, trainable=True)
     ref = copy.deepcopy(model).requires_grad_(False)
-    ours = [vars(r) for r in ppo(model, found["prompts"], function_at("town_marks:vowels"), found["template"].tokenizer, config.ppo, ref, progress=False)]
+    ours = [vars(r) for r in ppo(model, found["prompts"], imported("town_marks:vowels"), found["template"].tokenizer, config.ppo, ref, progress=False)]
     assert [r["note"] for r in ours] == [r["note"] for r in theirs], "the same answers"
     assert all(r["updates"] == 2 and r["drift"] > 0 for r in theirs) and len({r["kl_coef"] for r in theirs}) == 4 and any(r["ended"] < 1 for r in theirs)
     assert ours[-1]["kl"] > .01, "by then policy and reference must differ"
@@ -51,7 +51,7 @@ def test_steps_equal_our_own(adapted, ppo_place, ppo_job, tmp_path, ledger):
 
 
 def rolled(model, found, config, parts=4):
-    return joined([r for _, r in roll_parts(model, prompts_at(found["prompts"], 8, 0), function_at("town_marks:vowels"), found["template"].tokenizer, config.ppo, 0, parts)], found["template"].tokenizer.pad_id)
+    return joined([r for _, r in roll_parts(model, prompts_at(found["prompts"], 8, 0), imported("town_marks:vowels"), found["template"].tokenizer, config.ppo, 0, parts)], found["template"].tokenizer.pad_id)
 
 
 def test_updates_equal_our_own(ppo_job, ledger):
@@ -74,7 +74,7 @@ def test_parts_do_not_know_their_process(ppo_job):
     config = ppo_job()
     found = check(config)
     model = PolicyAndValue(shared_base(found["place"], config.lora, torch.float32, seed=3))
-    def parts(rank, world): return roll_parts(model, prompts_at(found["prompts"], 8, 0), function_at("town_marks:vowels"), found["template"].tokenizer, config.ppo, 3, 2, rank, world)
+    def parts(rank, world): return roll_parts(model, prompts_at(found["prompts"], 8, 0), imported("town_marks:vowels"), found["template"].tokenizer, config.ppo, 3, 2, rank, world)
     alone, dealt = dict(parts(0, 1)), dict(parts(0, 3) + parts(1, 3) + parts(2, 3))
     assert alone.keys() == dealt.keys() == {0, 1, 2, 3}
     assert all(torch.equal(alone[i].ids, dealt[i].ids) for i in alone)
@@ -173,7 +173,7 @@ def test_four_bits_survive_a_rollout(ppo_job, ledger):
 
 
 def test_reward_model_equals_transformers(ppo_place, tmp_path, ledger):
-    "Marks of unequal answers in one batch, against transformers' own head on each row alone; the end token is padding to it"
+    "Marks of unequal answers in one batch, against transformers' own forward on each row alone, with the padding id that both have"
     from transformers import AutoConfig, AutoModelForSequenceClassification
     config = AutoConfig.from_pretrained(ppo_place/"tiny")
     config.num_labels = 1
@@ -184,14 +184,15 @@ def test_reward_model_equals_transformers(ppo_place, tmp_path, ledger):
     from llmbench.align.rollout import Sample
     from llmbench.box.hub import load_template
     template = load_template(locate(str(ppo_place/"tiny")))
-    check_reward_model(str(tmp_path/"judge"), template)
     end = template.tokenizer.end_id
     prompts, _ = read_prompts((str(ppo_place/"prompts.jsonl"),), template)
     samples = [Sample(p, template.tokenizer.encode("Ann does. "*n) + [end], "", True) for p, n in zip(prompts, (3, 1, 2, 5))]
-    got = reward_model(str(tmp_path/"judge"), torch.float32, torch.device("cpu"), end)(samples)
-    judge.config.pad_token_id = None
-    with torch.no_grad(): right = [float(judge(input_ids=torch.tensor([s.prompt.ids + s.ids])).logits) for s in samples]
-    assert max(right) - min(right) > 1e-3
+    got = reward_of(str(tmp_path/"judge"), template, "cpu", torch.float32)(samples)
+    def alone(padding):
+        judge.config.pad_token_id = padding
+        with torch.no_grad(): return [float(judge(input_ids=torch.tensor([s.prompt.ids + s.ids])).logits) for s in samples]
+    right, early = alone(template.tokenizer.pad_id), alone(end)
+    assert max(right) - min(right) > 1e-3 and min(abs(a - b) for a, b in zip(right, early)) > 1e-4, "the place matters"
     ledger("box.ppo: marks of a reward model", "transformers, row by row", max(abs(a - b) for a, b in zip(got, right)), 1e-5)
 
 
