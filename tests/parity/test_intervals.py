@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from llmbench.use.intervals import (Scores, bootstrap_interval, chance_level, effective_n, group_sums, paired_difference, sum_up, wilson_interval)
+from llmbench.use.intervals import (Scores, bootstrap_interval, chance_level, effective_n, group_sums, paired_difference, seed_interval, sum_up, wilson_interval)
 
 CASES = [(k, n) for n in (1, 7, 20, 100, 1319) for k in {0, 1, n//3, n - 1, n}]
 
@@ -154,3 +154,17 @@ def test_scores():
     assert (sum_up([1, 0, 1], level=.8).low, sum_up([1, 0, 1], level=.8).level) == (wilson_interval(2, 3, .8)[0], .8)
     graded = sum_up([.5, 1., 0.], level=.8)
     assert (graded.low, graded.high) == bootstrap_interval([.5, 1., 0.], .8) and graded.accuracy == .5
+
+
+@pytest.mark.parametrize("n", range(2, 11))
+def test_seeds_by_scipy(n, ledger):
+    stats = pytest.importorskip("scipy.stats")
+    values = np.random.default_rng(n).normal(3, 2, n)
+    low, high = stats.t.interval(.95, n - 1, values.mean(), stats.sem(values))
+    mean, half = seed_interval(values)
+    ledger(f"Student's interval over {n} seeds", "scipy.stats.t", max(abs(mean - half - low), abs(mean + half - high))/(high - low), 1e-4)
+
+
+def test_seeds_by_hand():
+    assert seed_interval([.90, .93, .96]) == pytest.approx((.93, 4.303*.03/3**.5))  # mean .93, deviation .03
+    assert seed_interval([.9]) == (.9, 0.)
