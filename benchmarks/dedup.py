@@ -91,8 +91,8 @@ with tempfile.TemporaryDirectory() as folder:
         for doc in corpus(args.megabytes, 1):
             f.write(json.dumps(dict(text=doc), ensure_ascii=False) + "\n")
             count += 1
-    program = ("import resource, sys; from llmbench.cli import main; code = main(sys.argv[1:]); "
-               "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)")
+    program = ("import sys; from llmbench.core import peak_memory_gb; from llmbench.cli import main; code = main(sys.argv[1:]); "
+               "print('peak', peak_memory_gb()); sys.exit(code)")
     for job in ("dedup", "clean"):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         extra = ["--rules", "none"] if job == "clean" else []
@@ -100,5 +100,5 @@ with tempfile.TemporaryDirectory() as folder:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         if done.returncode: sys.exit(done.stderr)
-        print(f"llmbench data {job}: {file.stat().st_size/1e6:.0f} MB, {count:,} documents, {spent:.0f} s of processor time, peak memory {int(done.stdout.split('peak')[1])/1024:.0f} MB")
+        print(f"llmbench data {job}: {file.stat().st_size/1e6:.0f} MB, {count:,} documents, {spent:.0f} s of processor time, peak memory {float(done.stdout.split('peak')[1])*1000:.0f} MB")
         print("  " + "\n  ".join(done.stdout.split("\nwritten")[0].splitlines()))
