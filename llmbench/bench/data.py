@@ -172,9 +172,10 @@ def dedup_files(
     "De-duplicate a corpus of any size into one file"
     if job.permutations < 1 or job.n < 1: raise UserError("permutations and n are counts", "--permutations, --n", "Give numbers from 1 up")
     choose_bands(job.threshold, job.permutations)
+    paths = inputs(job)
     work = Work(job.out, key_of(job), ("part", "sketches", "kept"))
     try:
-        sketches, read = sketch_files(job, inputs(job), work)
+        sketches, read = sketch_files(job, paths, work)
         if not read: raise UserError("no document in it: every text is empty", ", ".join(job.text))
         shelf = Shelf(work.paths["part"])
         shelf.scan()

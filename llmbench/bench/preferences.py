@@ -15,6 +15,7 @@ from random import Random
 import torch
 
 from ..core import UserError, read_json, write_json
+from ..align.claims import learn_claims, town_claims
 from ..align.dpo import DPO, dpo, implicit_rewards, reference_logps
 from ..align.grpo import GRPO, grpo
 from ..align.pairs import pair_rows, read_preferences, split_pairs
@@ -23,7 +24,7 @@ from ..align.reward import Reward, RewardModel, pair_rewards, reward
 from ..align.rollout import Prompt, Sample, Sampling, model_reward, rollout
 from .score import document_rows
 from ..model.transformer import Transformer
-from ..text.words import EXTRA, MANNERS, TELL, VALUES
+from ..text.words import MANNERS, TELL, VALUES
 from ..text.world import World
 from ..tune.chat import ChatTemplate
 from ..tune.sft import SFT, rows_of, sft
@@ -33,10 +34,10 @@ from ..use.evals import ask, score
 @dataclass(frozen=True)
 class Preferences:
     "How a tuned model of the town learns manners and sums"
-    manners:SFT=SFT(steps=60, length=128, lr=2e-3, matrix_lr=.01) # mixes moods into the answers: nothing can be preferred that is never said
-    book:Reward=Reward(steps=0, batch=32, length=128, lr=2e-3, matrix_lr=.01) # reads the town's book, each sentence beside a false one; 0 steps leave it unread
-    reward:Reward=Reward(length=128)                              # learns what is better from pairs of answers
-    dpo:DPO=DPO(steps=30, length=128, lr=5e-5, matrix_lr=0.)      # learns manners from pairs
+    manners:SFT=SFT(steps=120, length=128, lr=2e-3, matrix_lr=.01) # mixes moods into the answers: nothing can be preferred that is never said
+    book:Reward=Reward(steps=1000, batch=32, length=128, lr=1e-3, matrix_lr=.005, warmup=50) # the judge reads claims of the town's book, true and false; 0 steps leave it unread
+    reward:Reward=Reward(steps=300, length=128, lr=3e-4, matrix_lr=.001) # it learns what is better from pairs of answers
+    dpo:DPO=DPO(steps=30, length=128, lr=5e-5, matrix_lr=0., nll=1.) # learns manners from pairs
     ppo:PPO=PPO(sampling=Sampling(prompts=32, new_tokens=44), steps=25, lr=1e-4) # learns manners from the reward model
     sums:SFT=SFT(steps=220, batch=16, length=64, lr=3e-3, matrix_lr=.02, replay=0.) # learns to add
     careless:SFT=SFT(steps=40, batch=16, length=64, lr=1e-3, matrix_lr=.005, replay=0.) # reads a book in which six sums of ten are wrong
@@ -104,16 +105,15 @@ def teach_manners(
 # %% ../../nbs/8_bench/83b_preferences.ipynb #c1244d63
 def book_pairs(
     world:World,    # the town
-    rounds:int=28,  # pairs for each fact in each language
+    rounds:int=1,   # pairs for each fact in each language
 )->list[dict]:      # prompt: a name; chosen, rejected: a sentence about that person, true and false
     "What stands in the town's book, beside what does not; manners and length are the same on both sides"
     random, pairs = Random(f"book {world.seed}"), []
     for lang, attribute, person in ((lang, a, i) for _ in range(rounds) for lang in ("en", "zh") for i in range(len(world.people)) for a in VALUES):
         truth, name = world.value(attribute, person, lang), world.people[person][lang]
         false = random.choice([v for v in VALUES[attribute][lang] if v != truth])
-        way, mood, long = random.choice(TELL[attribute][lang]), random.randrange(3), random.random() < .25
-        said = [[*([MANNERS[lang][bool(mood)]] if mood < 2 else []), way.format(n=name, v=v), *([EXTRA[lang]] if long else [])] for v in (truth, false)]
-        chosen, rejected = ("".join((" " if lang == "en" else "") + part for part in parts) for parts in said)
+        way, mood = random.choice(TELL[attribute][lang]), random.choice((True, False, None))
+        chosen, rejected = ("".join((" " if lang == "en" else "") + part for part in [*([] if mood is None else [MANNERS[lang][mood]]), way.format(n=name, v=v)]) for v in (truth, false))
         pairs.append(dict(prompt=name, chosen=chosen, rejected=rejected))
     return pairs
 
@@ -122,16 +122,16 @@ def learn_reward(
     start:Path,  # folder of the model whose backbone it takes
     how:Reward,  # steps, rates, on pairs of answers
     world:World, # the town
-    book:Reward|None=None, # steps, rates, on the book; None or 0 steps leave it unread
+    book:Reward|None=None, # steps, rates, on claims of the book; None or 0 steps leave it unread
 )->dict:         # held-out accuracy with interval, of pairs that truth and that manners decide, pairs
     "Train a reward model on the town's book, then on its preferences"
     template, model = ChatTemplate.load(start), RewardModel(Transformer.from_pretrained(start))
-    pairs, read = {split: world.preferences("both", split=split) for split in ("sft", "heldout")}, []
+    pairs, read, again = {split: world.preferences("both", split=split) for split in ("sft", "heldout")}, [], []
     train, held = (pair_rows(some, template, how.length)[0] for some in pairs.values())
     if book and book.steps:
-        read = pair_rows(book_pairs(world), template, book.length)[0]
-        for _ in reward(model, read, book, folder=folder/"book", pad_id=template.tokenizer.pad_id): pass
-    for _ in reward(model, train + read[:len(train)], how, folder=folder/"checkpoints", pad_id=template.tokenizer.pad_id): pass
+        read, again = town_claims(world, template, book.steps*book.batch), pair_rows(book_pairs(world), template, how.length)[0]
+        for _ in learn_claims(model, read, book, folder=folder/"book", pad_id=template.tokenizer.pad_id): pass
+    for _ in reward(model, train + again, how, folder=folder/"checkpoints", pad_id=template.tokenizer.pad_id): pass
     model.save_pretrained(folder/"model", template)
     rewards = pair_rewards(model, held)
     right, truth = rewards[:, 0] > rewards[:, 1], torch.tensor([p["chosen_traits"]["correct"] != p["rejected_traits"]["correct"] for p in pairs["heldout"]])

@@ -73,7 +73,9 @@ def case(name, words, *arguments): return pytest.param(arguments, words, id=name
     case("small groups", ["groups of 3 words"], "check", "DIR/good.jsonl", "--test", "DIR/good.jsonl", "--n", "3", "--out", "DIR/o.jsonl"),
     case("an output that cannot be", ["cannot write"], "clean", "DIR/good.jsonl", "--out", "DIR/short.jsonl/o.jsonl"),
 ])
-def test_mistakes(arguments, words, tmp_path, capsys):
+def test_mistakes(arguments, words, tmp_path, capsys, monkeypatch):
+    (tmp_path/"here").mkdir()
+    monkeypatch.chdir(tmp_path/"here")
     put(tmp_path/"good.jsonl", [PAGE.format(i) for i in range(3)])
     put(tmp_path/"short.jsonl", ["Mira.", "Oban.", "林月。"])
     put(tmp_path/"blank.jsonl", ["", " "])
@@ -85,6 +87,7 @@ def test_mistakes(arguments, words, tmp_path, capsys):
     told = wrong(capsys, "data", *(a.replace("DIR", str(tmp_path)) for a in arguments)).replace("\n", " ")
     for word in words: assert word in told, f"{word!r} is missing in: {told}"
     assert not (tmp_path/"o.jsonl").exists(), "a half output was left under its own name"
+    assert not list((tmp_path/"here").iterdir()), "something was written to the current folder"
 
 
 def test_unreadable_file(tmp_path, capsys):

@@ -12,6 +12,7 @@ from llmbench.model.checkpoint import layout
 from llmbench.model.transformer import Config, Transformer
 from llmbench.text.bpe import BPE
 from llmbench.tune.chat import ChatTemplate
+from llmbench.tune.lora import add_lora, save_lora, without_lora
 
 PAIRS = [dict(prompt="Who lives in Oldtown?", chosen="Ann does.", rejected="Nobody. Go away!"),
          dict(prompt="Does she bake?", chosen="She bakes bread, and sells it on Mondays.", rejected="No."),
@@ -112,6 +113,39 @@ def test_sft_term_equals_trl(world, ledger):
     theirs = trainer.compute_loss(trainer.model, dict(one))
     pairs = stack_pairs(rows[1:2], template.tokenizer.pad_id, reference_logps(ref, rows[1:2]))
     ledger("DPO with an SFT term (relative)", "trl DPOTrainer", abs(float((preference_loss(ours, pairs, DPO(nll=.3))[0]/theirs - 1).detach())), 2e-6)
+
+
+def test_reference_by_disabled_adapter_equals_trl(world, tmp_path, ledger):
+    "One model, an adapter that has learned something: the reference is the model with the adapter switched off; TRL does the same for an adapter that it made (of one that it is handed it keeps a copy)"
+    from datasets import Dataset
+    from peft import LoraConfig, set_peft_model_state_dict
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+    template, _, ref, trainer, batch, rows = world
+    ref.save_pretrained(tmp_path/"base")
+    template.save(tmp_path/"base")
+    ours = copy.deepcopy(ref)
+    add_lora(ours, r=3, alpha=6., generator=torch.Generator().manual_seed(1))
+    for name, weight in ours.named_parameters():
+        if weight.requires_grad and name.rsplit(".", 1)[-1].endswith("B"): torch.nn.init.normal_(weight, std=.2)
+    save_lora(ours, tmp_path/"adapter", base=str(tmp_path/"base"))
+    with without_lora(ours): asked = reference_logps(ours, rows, template.tokenizer.pad_id)
+    assert torch.allclose(asked, reference_logps(ref, rows, template.tokenizer.pad_id), atol=1e-5), "switched off it is the base model"
+    assert (asked - reference_logps(ours, rows, template.tokenizer.pad_id)).abs().min() > .01, "and on again it is not"
+    theirs = DPOTrainer(AutoModelForCausalLM.from_pretrained(tmp_path/"base", dtype=torch.float32), None, DPOConfig(output_dir=str(tmp_path/"out"), use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False, max_length=256, per_device_train_batch_size=4, beta=.4),
+                        train_dataset=Dataset.from_list([dict(prompt="a", chosen="b", rejected="c")]), processing_class=PreTrainedTokenizerFast.from_pretrained(tmp_path/"base"),
+                        peft_config=LoraConfig(r=3, lora_alpha=6, target_modules="all-linear"))
+    set_peft_model_state_dict(theirs.model, load_file(tmp_path/"adapter"/"adapter_model.safetensors"))
+    theirs.model.float()  # TRL keeps new adapters in bf16
+    loss = theirs.compute_loss(theirs.model, dict(batch))
+    loss.backward()
+    losses, _ = preference_loss(ours, stack_pairs(rows, template.tokenizer.pad_id, asked), DPO(beta=.4))
+    losses.mean().backward()
+    ledger("DPO loss, reference by the adapter switched off (relative)", "trl DPOTrainer with PEFT", abs(float((losses.mean()/loss - 1).detach())), 2e-6)
+    size = sum(float(w.grad.norm())**2 for n, w in theirs.model.named_parameters() if "lora_" in n)**.5
+    mine = sum(float(w.grad.norm())**2 for w in ours.parameters() if w.grad is not None)**.5
+    ledger("DPO adapter gradients, whole length (relative)", "trl DPOTrainer with PEFT", abs(mine/size - 1), 2e-6)
 
 
 def test_averaging_is_another_loss(world):
