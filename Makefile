@@ -20,7 +20,7 @@ $(READY): constraints.txt settings.ini setup.py pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-run: $(READY) ## the whole chain on the embedded town: two to five minutes on two cores, ends with the path of a report
+run: $(READY) ## the whole chain on the embedded town: about five minutes on two cores, ends with the path of a report
 	@$(BIN)/llmbench run
 
 test: $(READY) ## every check of notebooks, parity, learning, faults and browser

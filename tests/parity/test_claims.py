@@ -111,6 +111,8 @@ def test_what_the_book_claims_is_what_the_world_says(template):
         found = sorted((text.index(sentence), true, i, l) for sentence, (true, i, l) in told.items() if sentence in text)
         assert [true for _, true, _, _ in found] == [v > 0 for v in judged], text
         seen |= {(i, l) for *_, i, l in found}
+    kinds = [sum(map(abs, labels)) for _, labels in rows]
+    assert .35 < kinds.count(1)/400 < .65 and .35 < kinds.count(4)/400 < .65, "half of the rows are single sentences"
     assert seen == {(i, l) for i in (1, 4) for l in ("en", "zh")}
     assert rows == town_claims(world, template, 400, people=(1, 4)) != town_claims(world, template, 400, people=(1, 4), seed=1)
 
