@@ -16,7 +16,7 @@ import torch
 
 from llmbench.align.pairs import pair_rows, ranking, ranking_pairs, read_preferences, split_pairs
 from llmbench.align.reward import Reward, RewardModel, answer_lengths, calibration_error, length_bias, pair_rewards, reward
-from llmbench.core import UserError
+from llmbench.core import UserError, read_json
 from llmbench.model.transformer import Config, Transformer
 from llmbench.text.bpe import BPE
 from llmbench.tune.chat import ChatTemplate
@@ -63,15 +63,17 @@ def main(seeds, steps, data, files, length):
     solved, tied = solution_pairs(Path(data)/"gsm8k_model_solutions.jsonl")
     print(f"gsm8k: {len(solved)} pairs; {tied} questions decide nothing")
     sets = {"preference_en": read_preferences(Path(data)/"preference_en.json", slots={}), "preference_zh": read_preferences(Path(data)/"preference_zh.json", slots={}), "gsm8k_solutions": solved}
-    rows, summary = [], {}
+    path = HERE/"results.json"
+    rows, summary = [r for r in (read_json(path)["seeds"] if path.exists() else []) if r["file"] not in files], {}  # other files' results stay
     for name, pairs in ((name, sets[name]) for name in files):
         for seed in range(seeds):
             rows.append(one(name, pairs, seed, Reward(steps=steps, batch=8, length=length, lr=2e-3, matrix_lr=.01, seed=seed)))
             print(rows[-1], flush=True)
+    for name in dict.fromkeys(r["file"] for r in rows):
         mine = [r for r in rows if r["file"] == name]
         for figure in ("accuracy", "longer", "length longer_wins"): summary[f"{name} {figure}"] = interval([r[figure] for r in mine])
     for name, (mean, low, high) in summary.items(): print(f"{name}: {mean:.1%} [{low:.1%}, {high:.1%}] over {seeds} seeds")
-    (HERE/"results.json").write_text(json.dumps(dict(date=str(date.today()), steps=steps, tied=tied, seeds=rows, summary=summary), indent=1) + "\n")
+    path.write_text(json.dumps(dict(date=str(date.today()), steps=steps, tied=tied, seeds=rows, summary=summary), indent=1) + "\n")
 
 
 if __name__ == "__main__":
