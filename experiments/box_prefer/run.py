@@ -14,6 +14,10 @@ from llmbench.box.sft import Lora, Optim, Save
 from llmbench.core import read_json, write_json
 from llmbench.text.world import World
 
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent/"box_ppo")]
+from capitals import TRAIN
+from marks import LONGEST
+
 RESULTS = Path(__file__).with_name("results.json")
 
 
@@ -23,15 +27,15 @@ def lines(path, rows):
 
 
 def jobs(home):
-    "Polite answers against curt ones, in the embedded town; short answers for GRPO"
+    "Polite answers against curt ones, in the embedded town; capitals, named briefly, for GRPO"
     pairs = random.Random(0).sample(World(0).preferences("en", by=("polite",)), 96)
     labels = [dict(messages=[*(p["prompt"] if isinstance(p["prompt"], list) else [dict(role="user", content=p["prompt"])]), dict(role="assistant", content=p[side] if isinstance(p[side], str) else p[side][0]["content"])], label=side == "chosen")
               for i, p in enumerate(pairs) for side in [("chosen", "rejected")[i % 2]]]
-    asks = [dict(prompt=f"{ask} Reply with one word.") for ask in [f"Name a {x}." for x in "fruit colour city river country metal bird tree flower tool month number letter planet language drink".split()]]
+    asks = [dict(prompt=row["prompt"], completion=row["capital"]) for row in TRAIN]
     common = dict(model="smollm2", method="qlora", folder=str(home), lora=Lora(r=16, alpha=32.), save=Save(every=10**6, valid_every=20), launch=Launch(1, cpu=True))
     slow = Optim(steps=20, batch=4, micro=2, lr=5e-4, warmup=2, schedule="constant")
     yield BoxDPO(pairs=lines(home/"pairs.jsonl", pairs), data=Answers(160, .17), optim=slow, **common), (0, 1, 2)
-    yield BoxGRPO(prompts=lines(home/"asks.jsonl", asks), reward=("ended", "short:5"), data=Answers(80, 0.), draw=Drawing(8, 16), optim=replace(slow, batch=16, micro=16), **common), (0, 1, 2)
+    yield BoxGRPO(prompts=lines(home/"asks.jsonl", asks), reward=("marks:right_and_brief",), data=Answers(80, 0.), draw=Drawing(8, LONGEST), optim=replace(slow, batch=16, micro=16), **common), (0, 1, 2)
     yield BoxReward(pairs=(str(home/"pairs.jsonl"),), data=Answers(160, .17), optim=slow, **common), (0,)
     yield BoxKTO(chat=lines(home/"labels.jsonl", labels), data=Answers(160, .17), optim=replace(slow, batch=8, micro=4), **common), (0,)
 

@@ -129,8 +129,9 @@ def learn_reward(
     pairs, read, again = {split: world.preferences("both", split=split) for split in ("sft", "heldout")}, [], []
     train, held = (pair_rows(some, template, how.length)[0] for some in pairs.values())
     if book and book.steps:
-        read, again = town_claims(world, template, book.steps*book.batch), pair_rows(book_pairs(world), template, how.length)[0]
-        for _ in learn_claims(model, read, book, folder=folder/"book", pad_id=template.tokenizer.pad_id): pass
+        read = [row for row in town_claims(world, template, book.steps*book.batch) if len(row[0]) <= book.length]
+        again = pair_rows(book_pairs(world), template, how.length)[0]
+        for _ in learn_claims(model, read, book, folder=folder/"book", pad_id=template.tokenizer.pad_id) if read else (): pass
     for _ in reward(model, train + again, how, folder=folder/"checkpoints", pad_id=template.tokenizer.pad_id): pass
     model.save_pretrained(folder/"model", template)
     rewards = pair_rewards(model, held)

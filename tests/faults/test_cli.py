@@ -11,7 +11,8 @@ from llmbench.cli import main
 
 COMMAND = str(Path(sys.executable).parent/"llmbench")
 TINY = ("--people 4 --model.d-model 16 --model.n-layers 1 --model.n-heads 2 --model.n-kv-heads 1 --model.d-hidden 16 --model.vocab-size 300 "
-        "--pretrain.batch 2 --pretrain.fit.steps 2 --sft.steps 2 --sft.batch 2").split()
+        "--pretrain.batch 2 --pretrain.fit.steps 2 --sft.steps 2 --sft.batch 2 --preferences.manners.steps 2 --preferences.book.steps 3 --preferences.reward.steps 2 "
+        "--preferences.dpo.steps 1 --preferences.ppo.steps 1 --preferences.sums.steps 2 --preferences.careless.steps 2 --preferences.grpo.steps 1 --forget.steps 2 --forget.every 40").split()
 
 
 def wrong(capsys, *arguments):
