@@ -348,6 +348,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'llmbench.bench.report.duration': ('8_bench/report.html#duration', 'llmbench/bench/report.py'),
                                        'llmbench.bench.report.forgetting_points': ( '8_bench/report.html#forgetting_points',
                                                                                     'llmbench/bench/report.py'),
+                                       'llmbench.bench.report.preference_curves': ( '8_bench/report.html#preference_curves',
+                                                                                    'llmbench/bench/report.py'),
                                        'llmbench.bench.report.report': ('8_bench/report.html#report', 'llmbench/bench/report.py'),
                                        'llmbench.bench.report.reward_curves': ( '8_bench/report.html#reward_curves',
                                                                                 'llmbench/bench/report.py'),

@@ -41,8 +41,9 @@ def test_run_ends_with_the_path_of_a_report(finished):
 def test_report_is_self_contained_and_tells_all(finished):
     page = (finished[0]/"town"/"report.html").read_text()
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page) and "<script" not in page
-    for word in ("What was done", "Pre-training", "Fine-tuning", "Scores, before and after", "In its own words", "How to go on", "95 % interval", "chance"): assert word in page
-    assert page.count("<svg") >= 3
+    for word in ("What was done", "Pre-training", "Fine-tuning", "Scores, before and after", "In its own words", "How to go on", "95 % interval", "chance",
+                 "Reward model: what is true", "Reward model: what is better", "DPO: what is preferred", "PPO: manners by reward", "GRPO: sums by right and wrong", "Forgetting"): assert word in page, word
+    assert page.count("<svg") >= 8
 
 
 def test_second_run_does_nothing(finished):
