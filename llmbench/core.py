@@ -7,7 +7,7 @@ __all__ = ['seed_everything', 'device', 'masked_mean', 'wide', 'token_logps', 's
            'write_json', 'read_json', 'fingerprint', 'peak_memory_gb']
 
 # %% ../nbs/00_core.ipynb #044320b1
-import hashlib, json, os, random, resource, sys, tempfile
+import hashlib, json, os, random, sys, tempfile
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
@@ -149,5 +149,6 @@ def peak_memory_gb()->float: # GB of 10**9 bytes
     "The most memory that this program has held so far; where there is no /proc, what the system's own `ru_maxrss` says"
     try: return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])*1024/1e9
     except (OSError, IndexError):
+        import resource # not everywhere
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak/1e9 if sys.platform == "darwin" else peak*1024/1e9

@@ -55,7 +55,7 @@ def one(name, pairs, seed, how):
     for _ in reward(model, rows, how, pad_id=template.tokenizer.pad_id, progress=False): pass
     rewards, lengths = pair_rewards(model, probe), answer_lengths(probe)
     bias = length_bias(rewards, lengths)
-    return dict(file=name, seed=seed, pairs=len(rows), held=len(probe), skipped=sum(account.skipped.values()), accuracy=(rewards[:, 0] > rewards[:, 1]).float().mean().item(),
+    return dict(file=name, seed=seed, length=how.length, pairs=len(rows), held=len(probe), skipped=sum(account.skipped.values()), accuracy=(rewards[:, 0] > rewards[:, 1]).float().mean().item(),
                 longer=(lengths[:, 0] > lengths[:, 1]).float().mean().item(), calibration_error=calibration_error(rewards), **{f"length {k}": v for k, v in bias.items()})
 
 

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .pairs import fit_of
 from .reward import Reward, RewardModel
 from ..core import UserError
 from ..text.batch import draw
 from ..text.words import EXTRA, TELL, VALUES
 from ..text.world import World
-from ..train.loop import Fit, Step, fit
+from ..train.loop import Step, fit
 from ..tune.chat import ChatTemplate
 
 # %% ../../nbs/5_align/50b_claims.ipynb #a28b44b7
@@ -97,8 +98,7 @@ def token_rewards(
     ids:Tensor,        # (B,T) padded on the right
 )->Tensor:             # (B,T) fp32 or better
     "The scalar head at every token: what the judge thinks so far"
-    hidden = model.backbone.hidden(ids)                    # (B,T,C)
-    return (hidden.to(model.score.dtype)*model.score).sum(-1)
+    return model.read(model.backbone.hidden(ids))
 
 # %% ../../nbs/5_align/50b_claims.ipynb #4093891d
 def answer_claims(
@@ -155,8 +155,7 @@ def learn_claims(
     longest = max((len(ids) for ids, _ in rows), default=0)
     if longest > config.length: raise UserError(f"a row has {longest} tokens, but Reward.length is {config.length}", "rows", "Make shorter rows, or raise Reward.length")
     claims, held = stack_claims(rows, pad_id), [stack_claims(valid[i:i + 64], pad_id) for i in range(0, len(valid or []), 64)]
-    how = Fit(**{name: getattr(config, name) for name in ("steps", "lr", "matrix_lr", "warmup", "micro", "autocast")})
-    yield from fit(model, lambda step, part: claims.rows(draw(len(claims), config.batch, step*config.micro + part, config.seed)), how, held or None, folder, _loss, progress)
+    yield from fit(model, lambda step, part: claims.rows(draw(len(claims), config.batch, step*config.micro + part, config.seed)), fit_of(config), held or None, folder, _loss, progress)
 
 @torch.no_grad()
 def claim_accuracy(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PairRow', 'ranking_pairs', 'ranking', 'prompt_key', 'split_pairs', 'Preference', 'preference_of', 'read_preferences',
            'answer_row', 'pair_rows', 'Pairs', 'stack_pairs', 'pair_batches', 'PairStep', 'pair_figures', 'log_pairs',
-           'fit_pairs', 'rows_fit', 'learn_pairs']
+           'fit_pairs', 'fit_of', 'rows_fit', 'learn_pairs']
 
 # %% ../../nbs/5_align/50a_pairs.ipynb #d87d278d
 import json
@@ -250,6 +250,13 @@ def fit_pairs(
         yield record
 
 # %% ../../nbs/5_align/50a_pairs.ipynb #113db468
+def fit_of(
+    config, # a record with steps, lr, matrix_lr, warmup, micro, autocast: a `Reward` or a `DPO`
+    **more, # further settings
+)->Fit:     # for the loop
+    "The loop's settings out of a stage's"
+    return Fit(**{name: getattr(config, name) for name in ("steps", "lr", "matrix_lr", "warmup", "micro", "autocast")}, **more)
+
 def rows_fit(
     rows:list[PairRow], # from `pair_rows`
     config,             # a record with `length`
@@ -272,7 +279,7 @@ def learn_pairs(
     **fit,                          # further settings of `train.loop.Fit`
 )->Iterator[PairStep]:              # one record a step
     "`fit_pairs` with the settings of a `Reward` or a `DPO`"
-    how = Fit(**{name: getattr(config, name) for name in ("steps", "lr", "matrix_lr", "warmup", "micro", "autocast")}, **fit)
+    how = fit_of(config, **fit)
     first, rest = (None, None) if ref is None else (ref[:len(rows)], ref[len(rows):])
     held = stack_pairs(valid, pad_id, rest) if valid else None
     held = [held.rows(torch.arange(i, min(i + 32, len(held)))) for i in range(0, len(held), 32)] if held else None

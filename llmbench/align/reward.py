@@ -57,6 +57,11 @@ class RewardModel(nn.Module):
         self.backbone.head = None
         self.config = self.backbone.config = replace(backbone.config, tied=True)
         self.score = nn.Parameter(torch.zeros(self.config.d_model)) # no bias: it would cancel in every pair
+    def read(self,
+        hidden:Tensor, # (...,C) of the backbone
+    )->Tensor:         # (...) fp32 or better
+        "The scalar head"
+        return (hidden.to(self.score.dtype)*self.score).sum(-1)
     def forward(self,
         ids:Tensor,             # (B,T)
         real:Tensor|None=None,  # (B,T) True = a token, False = padding on the left or on the right; None: no padding
@@ -67,8 +72,7 @@ class RewardModel(nn.Module):
         else:
             attend = real[:, None, None, :].expand(-1, 1, ids.shape[1], -1).tril() | torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)
             hidden = self.backbone.hidden(ids, (real.cumsum(1) - 1).clamp(min=0), attend)
-        at = hidden[torch.arange(len(ids), device=ids.device), last_real(real)]  # (B,C)
-        return (at.to(self.score.dtype)*self.score).sum(-1)
+        return self.read(hidden[torch.arange(len(ids), device=ids.device), last_real(real)])
 
 # %% ../../nbs/5_align/50_reward.ipynb #c9b51851
 @torch.no_grad()

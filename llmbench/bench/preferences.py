@@ -104,12 +104,11 @@ def teach_manners(
 
 # %% ../../nbs/8_bench/83b_preferences.ipynb #c1244d63
 def book_pairs(
-    world:World,    # the town
-    rounds:int=1,   # pairs for each fact in each language
-)->list[dict]:      # prompt: a name; chosen, rejected: a sentence about that person, true and false
-    "What stands in the town's book, beside what does not; manners and length are the same on both sides"
+    world:World, # the town
+)->list[dict]:   # prompt: a name; chosen, rejected: a sentence about that person, true and false; one pair for each fact in each language
+    "What stands in the town's book, beside what does not; manners are the same on both sides"
     random, pairs = Random(f"book {world.seed}"), []
-    for lang, attribute, person in ((lang, a, i) for _ in range(rounds) for lang in ("en", "zh") for i in range(len(world.people)) for a in VALUES):
+    for lang, attribute, person in ((lang, a, i) for lang in ("en", "zh") for i in range(len(world.people)) for a in VALUES):
         truth, name = world.value(attribute, person, lang), world.people[person][lang]
         false = random.choice([v for v in VALUES[attribute][lang] if v != truth])
         way, mood = random.choice(TELL[attribute][lang]), random.choice((True, False, None))
@@ -131,7 +130,8 @@ def learn_reward(
     if book and book.steps:
         read = [row for row in town_claims(world, template, book.steps*book.batch) if len(row[0]) <= book.length]
         again = pair_rows(book_pairs(world), template, how.length)[0]
-        for _ in learn_claims(model, read, book, folder=folder/"book", pad_id=template.tokenizer.pad_id) if read else (): pass
+    if read:
+        for _ in learn_claims(model, read, book, folder=folder/"book", pad_id=template.tokenizer.pad_id): pass
     for _ in reward(model, train + again, how, folder=folder/"checkpoints", pad_id=template.tokenizer.pad_id): pass
     model.save_pretrained(folder/"model", template)
     rewards = pair_rewards(model, held)

@@ -58,6 +58,11 @@ def test_slider_by_key_and_by_mouse(page):
     assert page.errors() == []
 
 
+def test_one_worker_drives_the_browser(request):
+    "pytest 9.2 with xdist 3.8 drops groups in silence (pytest-xdist 1386): two JupyterLabs would starve each other"
+    if getattr(request.config.option, "loadgroup", False): assert request.node.nodeid.endswith("@browser")
+
+
 def test_text_box_and_markup(page):
     panel = page.panel(1)
     with panel.changes(): panel.type("text", "王 a<script>")
